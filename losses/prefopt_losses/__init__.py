@@ -1,0 +1,1 @@
+"""Offline preference losses as one algebra; needs torch and nothing else."""
