@@ -1,0 +1,230 @@
+"""Policy, reference and tokenizer: loading, quantizing, adapting.
+
+A language model is loaded from a folder or the hub in the precision its use asks for. Trainable weights are fp32
+masters unless the recipe says otherwise; frozen quantized weights go through bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from prefopt.errors import ModelError, Problem
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# LLM.int8 keeps columns whose activation exceeds its threshold in 16 bit, and it looks for them over the whole
+# batch: with the usual 6.0 a row's result depends on its neighbours, which no cache may allow. 0 turns that off.
+INT8_THRESHOLD = 0.0
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where weights come from and how they are held."""
+
+    path: str
+    revision: str | None = None
+    dtype: torch.dtype = torch.float32
+    quantization: str = "none"
+    compute: torch.dtype = torch.float32
+    """The dtype that quantized weights are expanded to."""
+    key: str = "model"
+    """The recipe key, for messages."""
+
+
+def quantization_settings(quantization: str, compute: torch.dtype) -> dict[str, Any]:
+    """Every setting that decides what the quantized weights are: bitsandbytes' arguments, and part of a cache key."""
+    if quantization == "int8":
+        return {"load_in_8bit": True, "llm_int8_threshold": INT8_THRESHOLD}
+    if quantization in ("nf4", "fp4"):
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": quantization,
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": str(compute).removeprefix("torch."),
+        }
+    return {}
+
+
+def default_device() -> torch.device:
+    """The accelerator of this process, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Keep transformers' load bars and advice off the screen."""
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _import_bitsandbytes() -> None:
+    """Import bitsandbytes without its optional CPU kernel, which would be fetched from a hub at import."""
+    if "bitsandbytes" in sys.modules:
+        return
+    hidden = object() if torch.cuda.is_available() else sys.modules.get("kernels")
+    if not torch.cuda.is_available():
+        sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        import logging
+
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+        importlib.import_module("bitsandbytes")
+    finally:
+        if not torch.cuda.is_available():
+            del sys.modules["kernels"]
+            if hidden is not None:
+                sys.modules["kernels"] = hidden  # type: ignore[assignment]
+
+
+def check_source(source: ModelSource) -> None:
+    """Raise ModelError with a way out when a local folder cannot hold a model."""
+    path = Path(source.path).expanduser()
+    looks_local = source.path.startswith(("/", "./", "../", "~")) or path.exists()
+    if not looks_local:
+        return
+    if not path.is_dir():
+        raise ModelError(Problem(source.key, "a model folder or a hub name", source.path,
+                                 "check the path; a folder must hold config.json"))  # fmt: skip
+    if not (path / "config.json").is_file():
+        found = ", ".join(sorted(child.name for child in path.iterdir())[:6]) or "nothing"
+        raise ModelError(Problem(source.key, "a folder with config.json and weights", f"{path} holds {found}",
+                                 "give the folder that from_pretrained would load"))  # fmt: skip
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """Load the tokenizer that belongs to a model.
+
+    Raises:
+        ModelError: there is none, or it cannot be loaded.
+    """
+    check_source(source)
+    path = Path(source.path).expanduser()
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+    if path.is_dir() and not any((path / name).exists() for name in files):
+        raise ModelError(
+            Problem(source.key, "a model folder with its tokenizer", f"{path} has no tokenizer files",
+                    f"save it there: tokenizer.save_pretrained({str(path)!r})")
+        )  # fmt: skip
+    try:
+        with _quiet_loading():
+            return AutoTokenizer.from_pretrained(_name(source), revision=source.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_load_problem(source, "tokenizer", error)) from error
+
+
+def load_model(source: ModelSource, device: torch.device | None = None) -> PreTrainedModel:
+    """Load a causal language model onto the device, in eval mode.
+
+    Raises:
+        ModelError: it cannot be loaded as a causal language model.
+    """
+    check_source(source)
+    device = device or default_device()
+    arguments: dict[str, Any] = {"dtype": source.dtype, "revision": source.revision}
+    settings = quantization_settings(source.quantization, source.compute)
+    if settings:
+        from transformers import BitsAndBytesConfig
+
+        _import_bitsandbytes()
+        arguments |= {
+            "quantization_config": BitsAndBytesConfig(**settings),
+            "device_map": {"": device},
+            "dtype": source.compute,
+        }
+    try:
+        with _quiet_loading():
+            config = AutoConfig.from_pretrained(_name(source), revision=source.revision)
+            model = AutoModelForCausalLM.from_pretrained(_name(source), config=config, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(_load_problem(source, "causal language model", error)) from error
+    if source.quantization in ("nf4", "fp4") and source.compute == torch.float32:
+        _compute_in_fp32(model)
+    return (model if settings else model.to(device)).eval()
+
+
+def _compute_in_fp32(model: nn.Module) -> None:
+    """Keep bitsandbytes from answering fp32 activations in bf16 on CPUs with AVX512_BF16."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _name(source: ModelSource) -> str:
+    path = Path(source.path).expanduser()
+    return str(path) if path.is_dir() else source.path
+
+
+def _load_problem(source: ModelSource, what: str, error: Exception) -> Problem:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return Problem(
+        source.key,
+        f"a {what} that transformers can load",
+        f"{source.path}: {first_line[:300]}",
+        "check the name, the revision and, for a hub model, the network and your access rights",
+    )
+
+
+def add_lora(
+    model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, targets: str | list[str]
+) -> nn.Module:
+    """Put a LoRA adapter on a frozen model; a quantized one is prepared as peft recommends.
+
+    Raises:
+        ModelError: a target names no module of the model.
+    """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(
+            Problem("adapter.targets", "names of linear modules, or all-linear", str(targets),
+                    str(error).splitlines()[0])
+        ) from error  # fmt: skip
+
+
+def switch_off_dropout(model: nn.Module) -> int:
+    """Set every dropout probability to zero, in modules and in configs; returns how many were above it.
+
+    A shared prompt would share its dropout mask between completions, and the reference has none.
+    """
+    count = 0
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            module.p = 0.0
+            count += 1
+        for name in ("attention_dropout", "dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float) and getattr(module, name) > 0:
+                setattr(module, name, 0.0)
+                count += 1
+    return count
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that the optimizer moves."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,0 +1,149 @@
+"""Completion log-probs of a batch -> one loss value per comparison, and the metrics of its examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from prefopt.batching import RaggedBatch
+from prefopt.forward import CompletionLogProbs
+from prefopt_losses import LogProbs, Loss, UnpairedLogProbs
+
+
+def comparison_losses(
+    loss: Loss,
+    batch: RaggedBatch,
+    policy: CompletionLogProbs,
+    reference: Tensor | None,
+    *,
+    tokens_per_example: float | None = None,
+    check: bool = True,
+) -> Tensor:
+    """Loss of every comparison of a batch.
+
+    Args:
+        loss: the preference loss.
+        batch: says who is compared with whom.
+        policy: log-probs of the batch's completions.
+        reference: (completions,) summed reference log-probs in nats, or None.
+        tokens_per_example: chosen tokens per comparison of the whole optimizer step, for token means.
+        check: look for NaN (one device synchronisation).
+
+    Returns:
+        (comparisons,) unreduced.
+    """
+    if batch.unpaired:
+        labelled = unpaired_record(batch, policy, reference, tokens_per_example=tokens_per_example)
+        return loss.unpaired(labelled, check=check)
+    return loss(paired_record(batch, policy, reference, tokens_per_example=tokens_per_example), check=check)
+
+
+def paired_record(
+    batch: RaggedBatch,
+    policy: CompletionLogProbs,
+    reference: Tensor | None,
+    *,
+    tokens_per_example: float | None = None,
+) -> LogProbs:
+    """Lay the completions' log-probs out by comparison; a side that was not scored is None."""
+    sides: dict[str, Tensor | None] = {}
+    for side, index in (("chosen", batch.chosen), ("rejected", batch.rejected if batch.two_sided else None)):
+        sides[f"{side}_logps"] = None if index is None else policy.sums[index]
+        sides[f"{side}_lengths"] = None if index is None else policy.lengths[index]
+        sides[f"ref_{side}_logps"] = None if index is None or reference is None else reference[index]
+    return LogProbs(
+        **sides,
+        preference_probability=batch.preference_probability if batch.soft_labels else None,
+        tokens_per_example=tokens_per_example,
+    )
+
+
+def unpaired_record(
+    batch: RaggedBatch,
+    policy: CompletionLogProbs,
+    reference: Tensor | None,
+    *,
+    tokens_per_example: float | None = None,
+) -> UnpairedLogProbs:
+    """Lay the completions' log-probs out by label."""
+    desirable = batch.chosen >= 0
+    index = torch.where(desirable, batch.chosen, batch.rejected)
+    return UnpairedLogProbs(
+        logps=policy.sums[index],
+        desirable=desirable,
+        ref_logps=None if reference is None else reference[index],
+        lengths=policy.lengths[index],
+        tokens_per_example=tokens_per_example,
+    )
+
+
+class MetricSums:
+    """Sums and counts of per-example metrics, kept on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Add one value per example; an empty tensor adds nothing."""
+        if values.numel() == 0:
+            return
+        total = values.detach().double().sum()
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._counts[name] = self._counts.get(name, 0) + values.numel()
+
+    def means(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """Return the mean of each metric over all its examples; ``reduce`` sums a tensor over processes."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        sums = torch.stack([self._sums[name] for name in names])
+        counts = torch.tensor([self._counts[name] for name in names], dtype=sums.dtype, device=sums.device)
+        both = torch.stack((sums, counts))
+        if reduce is not None:
+            both = reduce(both)
+        sums, counts = both.cpu()
+        return {name: float(total / count) for name, total, count in zip(names, sums, counts)}
+
+
+def add_comparison_metrics(
+    sums: MetricSums,
+    loss: Loss,
+    batch: RaggedBatch,
+    policy: CompletionLogProbs,
+    reference: Tensor | None,
+    losses: Tensor,
+) -> None:
+    """Add what is logged of every example.
+
+    ``loss``; ``rewards/{chosen,rejected,margins,accuracies}``: by the very score the loss ranks by (a tied margin
+    counts half); ``logps/{chosen,rejected}``: nats per completion; ``logratios/{chosen,rejected}``: policy minus
+    reference in nats per token, unscaled.
+    """
+    sums.add("loss", losses)
+    with torch.no_grad():
+        policy = CompletionLogProbs(policy.sums.detach(), policy.lengths, policy.tokens.detach())
+        for side, index in (("chosen", batch.chosen), ("rejected", batch.rejected)):
+            index = index[index >= 0]
+            if not index.numel():
+                continue
+            sums.add(f"logps/{side}", policy.sums[index])
+            if reference is not None:
+                sums.add(f"logratios/{side}", (policy.sums - reference)[index] / policy.lengths[index])
+        if not batch.two_sided:
+            return
+        if reference is None and loss.ranking_term.score.reference:
+            return
+        chosen, rejected = loss.rewards(paired_record(batch, policy, reference))
+        margins = chosen - rejected
+        sums.add("rewards/chosen", chosen)
+        sums.add("rewards/rejected", rejected)
+        sums.add("rewards/margins", margins)
+        sums.add("rewards/accuracies", accuracies(margins))
+
+
+def accuracies(margins: Tensor) -> Tensor:
+    """1 where the chosen completion is ahead, 0 where it is behind, one half where they tie."""
+    return torch.where(margins == 0, 0.5, (margins > 0).double())

@@ -1,0 +1,107 @@
+"""A model writes completions: the same prompts and the same random numbers every time it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from prefopt.attention import attention
+from prefopt.data.groups import GroupDataset, PromptGroup
+from prefopt.forward import Scorer, autocast, plain_attention
+
+ROWS_PER_BATCH = 64
+"""Prompts that are continued together; a key-value cache holds all of them."""
+
+
+def distinct_prompts(dataset: GroupDataset, count: int) -> list[np.ndarray]:
+    """Return the first ``count`` different prompts of a dataset, as token ids."""
+    prompts: dict[bytes, np.ndarray] = {}
+    for number in range(len(dataset)):
+        if len(prompts) == count:
+            break
+        prompt = dataset[number].prompt
+        prompts.setdefault(prompt.tobytes(), prompt)
+    return list(prompts.values())
+
+
+@torch.no_grad()
+def sample(
+    scorer: Scorer,
+    prompts: Sequence[np.ndarray],
+    tokenizer: Any,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    precision: str,
+) -> list[PromptGroup]:
+    """Let the model write one completion per prompt, by plain sampling (no top-k, no top-p).
+
+    Args:
+        scorer: the model.
+        prompts: token ids.
+        tokenizer: its end-of-sequence token ends a completion.
+        max_new_tokens: longest completion.
+        temperature: 1 samples the model itself.
+        seed: of the random numbers; the global generators are left as they were.
+        precision: as in `train.precision`.
+
+    Returns:
+        Groups of one prompt and one completion, which includes the end-of-sequence token where it was written.
+    """
+    was_training = scorer.training
+    scorer.eval()
+    device = next(scorer.parameters()).device
+    groups: list[PromptGroup] = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        with attention(scorer.language_model, plain_attention(scorer.language_model)), autocast(device, precision):
+            for start in range(0, len(prompts), ROWS_PER_BATCH):
+                rows = prompts[start : start + ROWS_PER_BATCH]
+                groups += _continue(scorer, rows, tokenizer, max_new_tokens, temperature, device)
+    scorer.train(was_training)
+    return groups
+
+
+def _continue(
+    scorer: Scorer,
+    prompts: Sequence[np.ndarray],
+    tokenizer: Any,
+    max_new_tokens: int,
+    temperature: float,
+    device: torch.device,
+) -> list[PromptGroup]:
+    longest = max(map(len, prompts))
+    end = tokenizer.eos_token_id
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    ids = torch.full((len(prompts), longest), filler if filler is not None else 0)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.from_numpy(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    written = scorer.model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        num_beams=1,
+        pad_token_id=filler,
+        eos_token_id=end,
+    )
+    completions = written[:, longest:].cpu().numpy()
+    return [
+        PromptGroup(prompt, (_until_end(completion, end),), ())
+        for prompt, completion in zip(prompts, completions)
+    ]
+
+
+def _until_end(ids: np.ndarray, end: int | None) -> np.ndarray:
+    ends = np.flatnonzero(ids == end) if end is not None else np.empty(0, dtype=int)
+    return ids[: ends[0] + 1] if len(ends) else ids
