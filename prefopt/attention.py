@@ -42,9 +42,7 @@ class AttentionPlan:
         for tree in trees:
             first, *others = tree.branches
             self.segments.append((tree.start, first[0] + first[1], tree.start, 0))
-            self.segments += [
-                (begin, begin + count, tree.start, tree.prompt) for begin, count in others if count
-            ]
+            self.segments += [(begin, begin + count, tree.start, tree.prompt) for begin, count in others if count]
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     def mask(self, queries: int, keys: int, window: int | None) -> Tensor:

@@ -80,9 +80,7 @@ class RaggedBatch:
     def to(self, device: torch.device | str) -> RaggedBatch:
         """Return the batch with its tensors on the device."""
         moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 
@@ -230,9 +228,7 @@ def unshared(group: PromptGroup) -> list[PromptGroup]:
     return [PromptGroup(group.prompt, (completion,), ()) for completion in group.completions]
 
 
-def computed_tokens(
-    dataset: GroupDataset, part: Slice, comparisons: Sequence[Comparison], *, rejected: bool
-) -> int:
+def computed_tokens(dataset: GroupDataset, part: Slice, comparisons: Sequence[Comparison], *, rejected: bool) -> int:
     """Tokens that one slice adds to a row: its prompt once, and each needed completion without its last token."""
     lengths = dataset.completion_lengths(part.group)
     needed = needed_completions(comparisons, rejected=rejected)
@@ -307,9 +303,7 @@ class StepPlanner:
         return pack_slices(self.dataset, slices, token_budget=self.token_budget, rejected=self.rejected)
 
 
-def pack_slices(
-    dataset: GroupDataset, slices: Sequence[Slice], *, token_budget: int, rejected: bool = True
-) -> Step:
+def pack_slices(dataset: GroupDataset, slices: Sequence[Slice], *, token_budget: int, rejected: bool = True) -> Step:
     """Pack slices into micro-batches under the budget, first-fit-decreasing over computed tokens."""
     sized: list[tuple[int, Slice]] = []
     chosen_tokens = 0
@@ -362,6 +356,4 @@ def _split_to_budget(
 
 def every_comparison(dataset: GroupDataset) -> list[Slice]:
     """Return each group with all its comparisons, in the order of the dataset."""
-    return [
-        Slice(group, tuple(range(int(count)))) for group, count in enumerate(dataset.comparisons_per_group)
-    ]
+    return [Slice(group, tuple(range(int(count)))) for group, count in enumerate(dataset.comparisons_per_group)]

@@ -10,7 +10,7 @@ Two layouts, with equal results:
     unshared    one row per completion with the model's own attention (everything else: ALiBi, linear attention,
                 state space)
 
-`choose_layout` compares both with the model's plain logits at start and says which one it took.
+`prefopt.layout` compares both with the model's plain logits at start and says which one it took.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefopt.attention import ARGUMENT, NAME, AttentionPlan, attention
-from prefopt.batching import RaggedBatch, make_batch
-from prefopt.data.groups import PromptGroup
-from prefopt.errors import ModelError, Problem
+from prefopt.attention import ARGUMENT, NAME, AttentionPlan
+from prefopt.batching import RaggedBatch
 from prefopt_losses.logps import token_logps_from_hidden, token_logps_from_logits
 
 Layout = Literal["shared", "unshared"]
@@ -107,9 +105,7 @@ class Scorer(nn.Module):
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         softcap = getattr(config, "final_logit_softcapping", None)
         if type(head) is nn.Linear:
-            return token_logps_from_hidden(
-                hidden, head.weight, targets, bias=head.bias, scale=scale, softcap=softcap
-            )
+            return token_logps_from_hidden(hidden, head.weight, targets, bias=head.bias, scale=scale, softcap=softcap)
         logits = head(hidden).float() * scale  # an adapted or quantized head: its own forward, logits held once
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
@@ -147,96 +143,6 @@ def _scored_positions(batch: RaggedBatch, device: torch.device) -> tuple[Tensor,
             columns.append(torch.arange(tree.prompt - 1, tree.prompt + count))
             completion += 1
     return torch.cat(rows).to(device), torch.cat(columns).to(device)
-
-
-@torch.no_grad()
-def plain_logps(model: PreTrainedModel, group: PromptGroup) -> Tensor:
-    """(completions,) summed log-probs by the model's own forward pass, one sequence at a time: the yardstick."""
-    sums = []
-    with attention(model, plain_attention(model)):
-        for completion in group.completions:
-            ids = torch.tensor([*group.prompt, *completion], device=model.device)[None]
-            logits = model(input_ids=ids, use_cache=False).logits[0, len(group.prompt) - 1 : -1]
-            sums.append(token_logps_from_logits(logits, ids[0, len(group.prompt) :]).sum())
-    return torch.stack(sums)
-
-
-@dataclass(frozen=True)
-class LayoutChoice:
-    """Which layout a model runs in, and what the start-up comparison showed."""
-
-    layout: Layout
-    max_difference: float
-    """Nats, of the layout taken, against the model's plain logits."""
-    reason: str
-
-
-@torch.no_grad()
-def choose_layout(
-    scorer: Scorer, group: PromptGroup, *, wanted: str = "auto", dtype: torch.dtype = torch.float32
-) -> LayoutChoice:
-    """Compare the layouts with the model's plain logits on one group and set the scorer's layout.
-
-    Args:
-        scorer: the model; its layout is set.
-        group: a group with at least one completion; the more completions, the sharper the comparison.
-        wanted: ``auto`` falls back to unshared when shared disagrees; ``shared`` refuses instead.
-        dtype: compute dtype, which sets the tolerance.
-
-    Raises:
-        ModelError: no layout agrees with the model's own logits, or the wanted one does not.
-    """
-    model = scorer.language_model
-    device = next(model.parameters()).device
-    was_training = scorer.training
-    scorer.eval()
-    expected = plain_logps(model, group)
-    batch = make_batch([group]).to(device)
-    tokens = max(len(completion) for completion in group.completions)
-    limit = TOLERANCE[dtype] * tokens**0.5
-    reason = "asked for by model.attention"
-    try:
-        if wanted != "unshared":
-            difference, reason = _shared_difference(scorer, batch, expected)
-            if difference <= limit:
-                return LayoutChoice("shared", difference, "agrees with the model's plain logits")
-            if wanted == "shared":
-                raise ModelError(
-                    Problem("model.attention", "shared prompts to give the model's own log-probs", reason,
-                            "use model.attention=auto or unshared")
-                )  # fmt: skip
-        scorer.set_layout("unshared")
-        difference = float((scorer(batch).sums - expected).abs().max())
-        if not difference <= limit:
-            raise ModelError(
-                Problem(
-                    "model",
-                    f"log-probs equal to the model's own logits within {limit:.3g} nats",
-                    f"a difference of {difference:.3g} nats even with one row per completion",
-                    "this architecture's head is not supported; please report it with its config.json",
-                )
-            )
-        return LayoutChoice("unshared", difference, reason)
-    finally:
-        scorer.train(was_training)
-
-
-def _shared_difference(scorer: Scorer, batch: RaggedBatch, expected: Tensor) -> tuple[float, str]:
-    """Largest difference of the shared layout, infinite where it cannot run, with the reason in words."""
-    scorer.set_layout("shared")
-    try:
-        difference = float((scorer(batch).sums - expected).abs().max())
-    except (KeyError, TypeError, ValueError, NotImplementedError, RuntimeError) as error:
-        return float("inf"), f"shared prompts do not run here ({type(error).__name__}: {error})"
-    layers = getattr(scorer.language_model.config.get_text_config(), "num_hidden_layers", None)
-    if layers is not None and scorer.attention_calls != layers:
-        return (
-            float("inf"),
-            f"only {scorer.attention_calls} of {layers} layers call the registered attention function",
-        )
-    if difference != difference:
-        return float("inf"), "shared prompts give NaN"
-    return difference, f"shared prompts differ by {difference:.3g} nats from the model's plain logits"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext[None]:

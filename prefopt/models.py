@@ -64,8 +64,8 @@ def default_device() -> torch.device:
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Keep transformers' load bars and advice off the screen."""
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' bars and advice off the screen while it loads or saves."""
     bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -77,7 +77,7 @@ def _quiet_loading() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _import_bitsandbytes() -> None:
+def import_bitsandbytes() -> None:
     """Import bitsandbytes without its optional CPU kernel, which would be fetched from a hub at import."""
     if "bitsandbytes" in sys.modules:
         return
@@ -117,8 +117,9 @@ def load_tokenizer(source: ModelSource) -> Any:
     Raises:
         ModelError: there is none, or it cannot be loaded.
     """
-    check_source(source)
     path = Path(source.path).expanduser()
+    if not path.is_dir():
+        check_source(source)
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
     if path.is_dir() and not any((path / name).exists() for name in files):
         raise ModelError(
@@ -126,7 +127,7 @@ def load_tokenizer(source: ModelSource) -> Any:
                     f"save it there: tokenizer.save_pretrained({str(path)!r})")
         )  # fmt: skip
     try:
-        with _quiet_loading():
+        with quiet_transformers():
             return AutoTokenizer.from_pretrained(_name(source), revision=source.revision)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_load_problem(source, "tokenizer", error)) from error
@@ -145,28 +146,33 @@ def load_model(source: ModelSource, device: torch.device | None = None) -> PreTr
     if settings:
         from transformers import BitsAndBytesConfig
 
-        _import_bitsandbytes()
+        import_bitsandbytes()
         arguments |= {
             "quantization_config": BitsAndBytesConfig(**settings),
             "device_map": {"": device},
             "dtype": source.compute,
         }
     try:
-        with _quiet_loading():
+        with quiet_transformers():
             config = AutoConfig.from_pretrained(_name(source), revision=source.revision)
             model = AutoModelForCausalLM.from_pretrained(_name(source), config=config, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(_load_problem(source, "causal language model", error)) from error
-    if source.quantization in ("nf4", "fp4") and source.compute == torch.float32:
-        _compute_in_fp32(model)
+    if source.quantization in ("nf4", "fp4"):
+        _choose_cpu_path(model, source.compute)
     return (model if settings else model.to(device)).eval()
 
 
-def _compute_in_fp32(model: nn.Module) -> None:
-    """Keep bitsandbytes from answering fp32 activations in bf16 on CPUs with AVX512_BF16."""
+def _choose_cpu_path(model: nn.Module, compute: torch.dtype) -> None:
+    """Keep bitsandbytes' bf16 product for CPUs with AVX512_BF16 to where it is asked for and can work.
+
+    It answers in bf16 whatever the compute dtype is, and fails where rows are no multiple of the block size.
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            block = module.weight.quant_state.blocksize
+            if compute != torch.bfloat16 or module.in_features % block:
+                module.support_avx512bf16_for_cpu = False
 
 
 def _name(source: ModelSource) -> str:
@@ -184,9 +190,7 @@ def _load_problem(source: ModelSource, what: str, error: Exception) -> Problem:
     )
 
 
-def add_lora(
-    model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, targets: str | list[str]
-) -> nn.Module:
+def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, targets: str | list[str]) -> nn.Module:
     """Put a LoRA adapter on a frozen model; a quantized one is prepared as peft recommends.
 
     Raises:
@@ -196,9 +200,7 @@ def add_lora(
 
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
     try:
         return get_peft_model(model, config)
     except ValueError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,33 @@ import torch
 from prefopt.attention import attention
 from prefopt.data.groups import GroupDataset, PromptGroup
 from prefopt.forward import Scorer, autocast, plain_attention
+from prefopt.run_folder import read_json_lines
 
 ROWS_PER_BATCH = 64
 """Prompts that are continued together; a key-value cache holds all of them."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion that a model wrote for a held-out prompt."""
+
+    prompt: str
+    completion: str
+    tokens: int
+    finished: bool
+    """Whether it ended with the end-of-sequence token."""
+    gold_reward: float | None
+    group: PromptGroup
+
+    def as_dict(self) -> dict[str, object]:
+        """Return what is stored of it: all but the token ids."""
+        return {name: value for name, value in vars(self).items() if name != "group"}
+
+
+def read_samples(file: Path) -> list[Sample]:
+    """Return stored samples, without their token ids."""
+    empty = PromptGroup(np.zeros(0, np.int64), (), ())
+    return [Sample(**row, group=empty) for row in read_json_lines(file)]
 
 
 def distinct_prompts(dataset: GroupDataset, count: int) -> list[np.ndarray]:
@@ -58,7 +84,10 @@ def sample(
     groups: list[PromptGroup] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        with attention(scorer.language_model, plain_attention(scorer.language_model)), autocast(device, precision):
+        with (
+            attention(scorer.language_model, plain_attention(scorer.language_model)),
+            autocast(device, precision),
+        ):
             for start in range(0, len(prompts), ROWS_PER_BATCH):
                 rows = prompts[start : start + ROWS_PER_BATCH]
                 groups += _continue(scorer, rows, tokenizer, max_new_tokens, temperature, device)
@@ -96,10 +125,7 @@ def _continue(
         eos_token_id=end,
     )
     completions = written[:, longest:].cpu().numpy()
-    return [
-        PromptGroup(prompt, (_until_end(completion, end),), ())
-        for prompt, completion in zip(prompts, completions)
-    ]
+    return [PromptGroup(prompt, (_until_end(completion, end),), ()) for prompt, completion in zip(prompts, completions)]
 
 
 def _until_end(ids: np.ndarray, end: int | None) -> np.ndarray:

@@ -9,7 +9,8 @@ from tiny import ARCHITECTURES, UNSHARED, group, tiny_model
 from prefopt.batching import make_batch, unshared
 from prefopt.data.groups import PromptGroup
 from prefopt.errors import ModelError
-from prefopt.forward import Scorer, choose_layout, plain_logps
+from prefopt.forward import Scorer
+from prefopt.layout import choose_layout, plain_logps
 
 GROUPS = [group(11, [9, 5], seed=1), group(1, [1, 6, 3], seed=2), group(5, [12], seed=3)]
 

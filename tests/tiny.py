@@ -36,14 +36,25 @@ ARCHITECTURES = {
 }
 UNSHARED = {
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8, "hidden_size": 32},
+    "mamba2": {
+        "num_heads": 8,
+        "head_dim": 8,
+        "state_size": 8,
+        "n_groups": 1,
+        "chunk_size": 8,
+        "hidden_size": 32,
+    },
 }
 
 
 def tiny_model(name: str, *, seed: int = 0, **changes: object) -> PreTrainedModel:
     """Make a random model of an architecture, with weights large enough that mistakes show."""
     specific = {**ARCHITECTURES, **UNSHARED}[name]
-    sizes = _SIZES if name in ARCHITECTURES and name != "gpt2" else {k: v for k, v in _SIZES.items() if "token" in k or k == "vocab_size"}
+    sizes = (
+        _SIZES
+        if name in ARCHITECTURES and name != "gpt2"
+        else {k: v for k, v in _SIZES.items() if "token" in k or k == "vocab_size"}
+    )
     config = AutoConfig.for_model(name, **{**sizes, **specific, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -83,9 +83,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return (left @ right).float()
 
 
-def _tile_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
-) -> Tensor:
+def _tile_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     logits = _product(hidden, weight.t())
     if bias is not None:
         logits = logits + bias

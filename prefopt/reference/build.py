@@ -114,9 +114,7 @@ def fill_cache(
     return BuildReport(len(unique) - misses, misses, tokens, total, time.perf_counter() - began)
 
 
-def _missing(
-    cache: ReferenceCache, dataset: GroupDataset, keys: Sequence[bytes], needed: np.ndarray
-) -> list[_Missing]:
+def _missing(cache: ReferenceCache, dataset: GroupDataset, keys: Sequence[bytes], needed: np.ndarray) -> list[_Missing]:
     """Group by group, the completions that are needed, not cached and not asked for earlier."""
     found, _, _ = cache.lookup(keys)
     absent = needed & ~found

@@ -145,10 +145,18 @@ class ReferenceCache:
         """
         wanted = np.asarray(keys, dtype=self._keys.dtype)
         if not len(self._keys) or not len(wanted):
-            return np.zeros(len(wanted), bool), np.full(len(wanted), np.nan, np.float32), np.zeros(len(wanted), np.int32)
+            return (
+                np.zeros(len(wanted), bool),
+                np.full(len(wanted), np.nan, np.float32),
+                np.zeros(len(wanted), np.int32),
+            )
         place = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
         found = self._keys[place] == wanted
-        return found, np.where(found, self._sums[place], np.float32("nan")), np.where(found, self._tokens[place], 0)
+        return (
+            found,
+            np.where(found, self._sums[place], np.float32("nan")),
+            np.where(found, self._tokens[place], 0),
+        )
 
     def commit(self, rows: ScoredRows) -> Path:
         """Write rows as one shard; when this returns they are on the disk.

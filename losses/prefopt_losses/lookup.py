@@ -1,0 +1,123 @@
+"""A name, or a recipe's mapping or list -> Loss.
+
+get_loss("ipo", beta=0.05)
+get_loss("dpo+0.5*sft")
+loss_from_config([{"name": "dpo", "beta": 0.1}, {"name": "sft", "weight": 0.5}])
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from prefopt_losses.errors import LossError, suggest
+from prefopt_losses.hyperparameters import check
+from prefopt_losses.loss import Loss
+from prefopt_losses.methods import METHODS, OTHER_HYPERPARAMETERS, OTHER_NAMES
+
+LossConfig: TypeAlias = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
+
+
+def get_loss(name: str, **hyperparameters: Any) -> Loss:
+    """Return the loss of a published method, or a sum of methods with their default hyper-parameters.
+
+    Args:
+        name: a name of the table, or a sum: `"simpo+sft"`, `"dpo+0.5*sft"`.
+        hyperparameters: the method's own, by keyword; none with a sum (add two losses instead).
+
+    Raises:
+        LossError: unknown name or hyper-parameter, wrong type or range; all problems at once.
+    """
+    if not isinstance(name, str):
+        raise LossError(f"loss: expected the name of a loss, given {name!r}. Known: {', '.join(METHODS)}.")
+    if "+" not in name and "*" not in name:
+        return _method(name, hyperparameters, where=name)
+    if hyperparameters:
+        raise LossError(
+            f"{name}: a sum written as a name takes its methods' default hyper-parameters. "
+            'Add losses instead: get_loss("dpo", beta=0.1) + 0.5 * get_loss("sft").'
+        )
+    return loss_from_config([_weighted_name(part) for part in name.split("+")])
+
+
+def loss_from_config(config: LossConfig, *, where: str = "loss") -> Loss:
+    """Return the loss that a recipe describes.
+
+    Args:
+        config: a name; a mapping of `name` and the method's hyper-parameters; or a list of these, each with
+            an optional `weight` (1 by default): their sum.
+        where: key path of the config, which starts every problem.
+
+    Raises:
+        LossError: with the problems of all parts at once.
+    """
+    if isinstance(config, str):
+        return get_loss(config) if "+" in config or "*" in config else _method(config, {}, where)
+    if isinstance(config, Mapping):
+        return _part(config, where)
+    if not isinstance(config, Sequence) or not config:
+        raise LossError(f"{where}: expected a name, a mapping with `name`, or a list of these, given {config!r}.")
+    losses, problems = [], []
+    for index, part in enumerate(config):
+        try:
+            losses.append(_part({"name": part} if isinstance(part, str) else part, f"{where}[{index}]"))
+        except LossError as error:
+            problems += error.problems
+    if problems:
+        raise LossError(problems)
+    total = losses[0]
+    for loss in losses[1:]:
+        total = total + loss
+    return total
+
+
+def _method(name: str, given: Mapping[str, Any], where: str) -> Loss:
+    if name not in METHODS:
+        raise LossError(f"{where}: no loss {name!r}.{_instead(name)} Known: {', '.join(METHODS)}.")
+    method = METHODS[name]
+    hyperparameters, problems = check(method.make, given, where, OTHER_HYPERPARAMETERS.get(name, {}))
+    if problems:
+        raise LossError(problems)
+    try:
+        terms = method.make(**hyperparameters)
+    except LossError as error:
+        raise LossError(f"{where}.{problem}" for problem in error.problems) from error
+    return Loss(name=name, terms=terms, hyperparameters=hyperparameters, note=method.note)
+
+
+def _part(config: Mapping[str, Any], where: str) -> Loss:
+    if not isinstance(config, Mapping) or not isinstance(config.get("name"), str):
+        raise LossError(f"{where}: expected a name or a mapping with `name`, given {config!r}.")
+    hyperparameters = {str(key): value for key, value in config.items() if key not in ("name", "weight")}
+    problems = []
+    if "weight" in config and not _is_weight(config["weight"]):
+        problems.append(f"{where}.weight: expected a finite number >= 0, given {config['weight']!r}.")
+    try:
+        loss = _method(config["name"], hyperparameters, where)
+    except LossError as error:
+        raise LossError(problems + error.problems) from error
+    if problems:
+        raise LossError(problems)
+    return config["weight"] * loss if "weight" in config else loss
+
+
+def _is_weight(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= 0
+
+
+def _weighted_name(text: str) -> dict[str, Any]:
+    weight, star, name = text.rpartition("*")
+    if not star:
+        return {"name": name.strip()}
+    try:
+        return {"name": name.strip(), "weight": float(weight)}
+    except ValueError:
+        raise LossError(f"{text.strip()}: expected weight * name, as in 0.5*sft.") from None
+
+
+def _instead(name: str) -> str:
+    if name in OTHER_NAMES:
+        return f' It is called "{OTHER_NAMES[name]}" here.'
+    return suggest(name, METHODS)

@@ -1,0 +1,173 @@
+"""Losses of a pair against a reference: f(beta * rho), rho the difference of the two log-ratios.
+
+They differ in the function f and the label q; IPO also in that its log-ratios are means over tokens. Formulas
+and sources stand in the table of methods.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from prefopt_losses import convex
+from prefopt_losses.convex import FUNCTIONS, Function
+from prefopt_losses.errors import LossError, suggest
+from prefopt_losses.hyperparameters import Positive, Smoothing
+from prefopt_losses.inputs import LogProbs
+from prefopt_losses.score import Score, widened
+from prefopt_losses.terms import Coordinate, FromRecord, Term, function_name
+
+LOG_RATIO = Score(aggregate="sum", reference=True)
+MEAN_LOG_RATIO = Score(aggregate="mean", reference=True)
+
+
+def dpo(*, beta: Positive = 0.1, soft_labels: bool = False) -> tuple[Term, ...]:
+    """Direct Preference Optimization: logistic regression on the difference of log-ratios.
+
+    Args:
+        beta: strength of the pull towards the reference, per nat of the whole completion.
+        soft_labels: take q = preference_probability instead of 1.
+    """
+    return gpo(f=convex.logistic, beta=beta, soft_labels=soft_labels)
+
+
+def cdpo(*, beta: Positive = 0.1, label_smoothing: Smoothing = 0.1) -> tuple[Term, ...]:
+    """Conservative DPO: the labels are taken to be wrong with probability label_smoothing.
+
+    Args:
+        beta: as in dpo.
+        label_smoothing: eps, the probability that a label is flipped; the optimum is a finite margin.
+    """
+    return (Term(convex.logistic, LOG_RATIO, beta=beta, q=1 - label_smoothing),)
+
+
+def robust_dpo(*, beta: Positive = 0.1, label_smoothing: Smoothing = 0.1) -> tuple[Term, ...]:
+    """Provably robust DPO: an unbiased estimate, under noisy labels, of DPO's loss under clean ones.
+
+    The same two logistic losses as in cdpo, extrapolated (q > 1) instead of mixed; unbounded below.
+
+    Args:
+        beta: as in dpo.
+        label_smoothing: eps, the probability that a label is flipped.
+    """
+    eps = label_smoothing
+    return (Term(convex.logistic, LOG_RATIO, beta=beta, q=(1 - eps) / (1 - 2 * eps)),)
+
+
+def ipo(
+    *, beta: Positive = 0.1, normalize: Literal["mean", "sum"] = "mean", soft_labels: bool = False
+) -> tuple[Term, ...]:
+    """Identity Preference Optimization: regression of the margin on 1 / (2 tau).
+
+    In the algebra: the squared function with GPO beta = 2 tau and coefficient 1 / (4 tau^2).
+
+    Args:
+        beta: the paper's tau; per nat per token with "mean", per nat of the whole completion with "sum".
+        normalize: log-ratios averaged over completion tokens ("mean"), or summed ("sum"), where the same
+            beta regularises about as many times more strongly as completions have tokens.
+        soft_labels: take q = preference_probability instead of 1.
+    """
+    return (
+        Term(
+            convex.squared,
+            MEAN_LOG_RATIO if normalize == "mean" else LOG_RATIO,
+            beta=2 * beta,
+            q=_label(soft_labels),
+            coefficient=1 / (2 * beta) ** 2,
+        ),
+    )
+
+
+def hinge(*, beta: Positive = 0.1, soft_labels: bool = False) -> tuple[Term, ...]:
+    """Hinge loss on the difference of log-ratios, the support-vector counterpart of DPO.
+
+    Args:
+        beta: as in dpo; no gradient flows once the log-ratios differ by 1 / beta.
+        soft_labels: take q = preference_probability instead of 1.
+    """
+    return gpo(f=convex.hinge, beta=beta, soft_labels=soft_labels)
+
+
+def gpo(*, f: str | Function = "logistic", beta: Positive = 0.1, soft_labels: bool = False) -> tuple[Term, ...]:
+    """Generalized Preference Optimization: any scalar function of beta times the log-ratio difference.
+
+    Args:
+        f: a name (logistic, hinge, squared, exponential, truncated_quadratic, savage, ...) or an elementwise
+            function, tensor to tensor, that falls through x = 0.
+        beta: multiplies the difference; equal beta is not equal regularisation, see the table of functions.
+        soft_labels: take q = preference_probability instead of 1.
+    """
+    return (Term(_function(f), LOG_RATIO, beta=beta, q=_label(soft_labels)),)
+
+
+def gpo_squared(*, beta: Positive = 0.1, soft_labels: bool = False) -> tuple[Term, ...]:
+    """GPO with (x - 1)^2: ipo over summed log-ratios at tau = beta / 2, without the factor 1 / (4 tau^2).
+
+    Args:
+        beta: as in gpo.
+        soft_labels: take q = preference_probability instead of 1.
+    """
+    return gpo(f=convex.squared, beta=beta, soft_labels=soft_labels)
+
+
+def gpo_exponential(*, beta: Positive = 0.1, soft_labels: bool = False) -> tuple[Term, ...]:
+    """GPO with e^-x: the optimum of dpo at 2 beta, wrong pairs weighing exponentially more.
+
+    Args:
+        beta: as in gpo. The loss overflows to inf where beta * rho < -88.
+        soft_labels: take q = preference_probability instead of 1.
+    """
+    return gpo(f=convex.exponential, beta=beta, soft_labels=soft_labels)
+
+
+def gpo_truncated_quadratic(*, beta: Positive = 0.1, soft_labels: bool = False) -> tuple[Term, ...]:
+    """GPO with max(0, 1 - x)^2: squared without the pull back beyond the target.
+
+    Args:
+        beta: as in gpo.
+        soft_labels: take q = preference_probability instead of 1.
+    """
+    return gpo(f=convex.truncated_quadratic, beta=beta, soft_labels=soft_labels)
+
+
+def gpo_savage(*, beta: Positive = 0.1, soft_labels: bool = False) -> tuple[Term, ...]:
+    """GPO with 1 / (1 + e^x)^2: the optimum of dpo, hopeless pairs given up; not convex.
+
+    Args:
+        beta: as in gpo.
+        soft_labels: take q = preference_probability instead of 1.
+    """
+    return gpo(f=convex.savage, beta=beta, soft_labels=soft_labels)
+
+
+def _preference_probability(record: LogProbs) -> Tensor:
+    assert record.preference_probability is not None  # in `reads`, so Loss has looked
+    return widened(record.preference_probability)
+
+
+PREFERENCE_PROBABILITY = FromRecord(
+    "preference_probability", reads=("preference_probability",), value=_preference_probability
+)
+
+
+def _label(soft_labels: bool) -> Coordinate:
+    return PREFERENCE_PROBABILITY if soft_labels else 1.0
+
+
+def _function(f: str | Function) -> Function:
+    """Look a name up, or try a user's function on three points before a run depends on it."""
+    if isinstance(f, str):
+        if f not in FUNCTIONS:
+            raise LossError(f"f: no function {f!r}.{suggest(f, FUNCTIONS)} Known: {', '.join(FUNCTIONS)}.")
+        return FUNCTIONS[f]
+    x = torch.linspace(-1, 1, 3)
+    try:
+        value = f(x)
+    except Exception as error:
+        raise LossError(f"f: {function_name(f)} failed on a float tensor of shape (3,): {error}") from error
+    if not isinstance(value, Tensor) or value.shape != x.shape:
+        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise LossError(f"f: {function_name(f)} must be elementwise: expected shape (3,) for (3,), given {given}.")
+    return f

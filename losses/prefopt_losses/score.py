@@ -1,0 +1,86 @@
+"""One score per completion: s(y) = link( A[log pi(y)] - c * A[log pi_ref(y)] ).
+
+A is the sum or the mean over completion tokens, c is 1 with a reference and 0 without. The score decides what
+a loss compares: log-ratios to a reference (DPO), length-normalised likelihoods (SimPO), log-odds (ORPO).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from prefopt_losses.convex import Function
+from prefopt_losses.errors import LossError
+
+Aggregate: TypeAlias = Literal["sum", "mean"]
+
+
+def identity(x: Tensor) -> Tensor:
+    """Return x."""
+    return x
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """Return log(1 - e^x), the log-probability of the complement, for x < 0.
+
+    e^x - 1 is taken by expm1, so nothing cancels near x = 0 (1 - exp(-1e-7) keeps one digit in fp32, and
+    log1p(-exp(x)) is -inf from x = -3e-8 on). x is held below -eps^2: at probability 1 (or above it, by
+    rounding) the value stays finite (-32 in fp32) with gradient 0, and no gradient exceeds 1/eps^2.
+    """
+    ceiling = -(torch.finfo(x.dtype).eps ** 2)
+    return torch.log(-torch.expm1(x.clamp(max=ceiling)))
+
+
+def log_odds(x: Tensor) -> Tensor:
+    """Return log(p / (1 - p)) of a probability given by its logarithm x = log p."""
+    return x - log1mexp(x)
+
+
+LINKS: dict[str, Function] = {"identity": identity, "log_odds": log_odds}
+
+
+@dataclass(frozen=True)
+class Score:
+    """How the tokens of one completion become one number."""
+
+    aggregate: Aggregate = "sum"
+    """Over completion tokens: their sum, or their mean (which needs the lengths)."""
+    reference: bool = True
+    """Whether the reference's log-prob is subtracted."""
+    link: Function = identity
+    """Applied last: identity, log_odds, later the f-divergences."""
+
+    def __call__(self, logps: Tensor | None, ref_logps: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """Return one score per completion.
+
+        Args:
+            logps: (batch,), the policy's, nats, summed over completion tokens.
+            ref_logps: (batch,), the reference's, likewise; read only with `reference`.
+            lengths: (batch,), scored tokens; read only for the mean.
+
+        Returns:
+            (batch,), in fp32 or wider: 16-bit log-probs are widened before anything is subtracted.
+
+        Raises:
+            LossError: one that is read is None.
+        """
+        value = widened(_given(logps, "logps"))
+        if self.reference:
+            value = value - widened(_given(ref_logps, "ref_logps"))
+        if self.aggregate == "mean":
+            value = value / _given(lengths, "lengths")
+        return self.link(value)
+
+
+def _given(tensor: Tensor | None, name: str) -> Tensor:
+    if tensor is None:
+        raise LossError(f"{name}: this score needs it and it is missing.")
+    return tensor
+
+
+def widened(logps: Tensor) -> Tensor:
+    """Return 16-bit log-probs as fp32, wider ones as they are."""
+    return logps.float() if logps.dtype in (torch.float16, torch.bfloat16) else logps

@@ -1,0 +1,61 @@
+"""The command line: one function per command, every heavy import inside the command that needs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from prefopt.errors import Interrupted, UserError
+
+EXTRA = frozenset(
+    {
+        "accelerate",
+        "bitsandbytes",
+        "datasets",
+        "peft",
+        "pyarrow",
+        "pydantic",
+        "rich",
+        "ruamel",
+        "safetensors",
+        "transformers",
+        "trl",
+        "typer",
+        "wandb",
+    }
+)
+"""Top-level packages that the `train` extra installs."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: words after `prefopt`; by default those of this process.
+
+    Returns:
+        0 it worked, 2 a person can mend it, 130 interrupted. An error of prefopt itself is not caught.
+    """
+    try:
+        from prefopt.cli.app import app
+
+        app(args=None if arguments is None else list(arguments), prog_name="prefopt")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except UserError as error:
+        from prefopt.cli.printing import show_problems
+
+        show_problems(error)
+        return 2
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        print(
+            f'prefopt needs {error.name} for this. Install it with:\n\n    pip install "prefopt[train]"',
+            file=sys.stderr,
+        )
+        return 2
+    return 0

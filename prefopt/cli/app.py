@@ -1,0 +1,188 @@
+"""The commands of `prefopt`, in the order of `prefopt --help`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from prefopt.recipe import Recipe
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+cache = typer.Typer(no_args_is_help=True)
+
+# An override with dashes in front reaches our own error, which says how it is written.
+TAKES_OVERRIDES = {"ignore_unknown_options": True}
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.", show_default=False),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Keys to change: train.learning_rate=5e-6 loss=ipo", show_default=False),
+]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.", show_default=False)
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from prefopt import __version__
+
+        print(f"prefopt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def prefopt(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train language models from preference data, and know which loss to trust.
+
+    Start with [bold]prefopt train quickstart[/bold]: a small complete world, no download, no GPU.
+    """
+
+
+@app.command(context_settings=TAKES_OVERRIDES)
+def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Run a recipe; run it again to resume."""
+    loaded = _loaded(recipe, overrides)
+
+    from prefopt.cli.printing import console
+    from prefopt.train import run_training
+
+    run_training(loaded, console())
+
+
+@app.command(context_settings=TAKES_OVERRIDES)
+def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Look before training: data edges, truncation, memory."""
+    loaded = _loaded(recipe, overrides)
+
+    from prefopt.cli.printing import console
+    from prefopt.preflight import check_recipe
+
+    check_recipe(loaded, console())
+
+
+@app.command("eval")
+def evaluate(run: RunArgument) -> None:
+    """Evaluate a finished run on held-out data."""
+    from prefopt.cli.runs import find_run
+
+    folder = find_run(run)
+
+    from prefopt.cli.printing import console, show_measures
+    from prefopt.evaluate_run import evaluate_run
+
+    out = console()
+    show_measures(out, evaluate_run(folder, out))
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    output: Annotated[Path | None, typer.Option(help="Folder to write to.", show_default="RUN/export")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Convert the weights.", show_default="as trained"),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Also push the model to the hub.")
+    ] = None,
+) -> None:
+    """Merge the adapter, convert, and write or push a plain model."""
+    from prefopt.cli.runs import find_run
+
+    folder = find_run(run)
+
+    from prefopt.export import export_run
+
+    print(export_run(folder, output=output, dtype=dtype, push_to_hub=push_to_hub))
+
+
+@app.command()
+def losses(
+    name: Annotated[str | None, typer.Argument(help="One loss, explained.", show_default=False)] = None,
+) -> None:
+    """List every loss, or explain one."""
+    from prefopt.cli.losses import show_loss, show_losses
+
+    show_losses() if name is None else show_loss(name)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="One recipe, printed to start from.", show_default=False)] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe.")] = False,
+) -> None:
+    """List the shipped recipes, or print one."""
+    from prefopt.cli.recipes import show_recipe, show_recipes, show_schema
+
+    if schema:
+        show_schema()
+    elif name is None:
+        show_recipes()
+    else:
+        show_recipe(name)
+
+
+@cache.command(context_settings=TAKES_OVERRIDES)
+def build(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Compute the reference once and keep it."""
+    loaded = _loaded(recipe, overrides)
+
+    from prefopt.cli.printing import console
+    from prefopt.reference.commands import build_cache
+
+    build_cache(loaded, console())
+
+
+@cache.command(context_settings=TAKES_OVERRIDES)
+def verify(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    rehash: Annotated[
+        bool, typer.Option("--rehash", help="Hash the reference's weights again; trust nothing.")
+    ] = False,
+) -> None:
+    """Compute a sample again and compare it with the cache."""
+    loaded = _loaded(recipe, overrides)
+
+    from prefopt.cli.printing import console
+    from prefopt.reference.commands import verify_cache
+
+    verify_cache(loaded, console(), rehash=rehash)
+
+
+@cache.command(context_settings=TAKES_OVERRIDES)
+def info(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Show what the cache holds for a recipe."""
+    loaded = _loaded(recipe, overrides)
+
+    from prefopt.cli.printing import console
+    from prefopt.reference.commands import cache_info
+
+    cache_info(loaded, console())
+
+
+app.add_typer(cache, name="cache", help="Build, verify or inspect the reference cache.")
+
+
+def _loaded(recipe: str, overrides: list[str] | None) -> Recipe:
+    """Check the recipe before anything heavy is imported."""
+    from prefopt.recipe import load_recipe
+
+    return load_recipe(recipe, overrides or ())

@@ -1,0 +1,72 @@
+"""`prefopt eval RUN`: the measures of a finished run's model, computed again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from prefopt.errors import DataError, ModelError, Problem
+from prefopt.evaluate import (
+    evaluate_comparisons,
+    evaluate_samples,
+    make_evaluator,
+    mean_gold_reward,
+    reference_samples,
+    write_samples,
+)
+from prefopt.forward import Scorer
+from prefopt.layout import probe_group, settle_layout
+from prefopt.models import ModelSource, default_device, load_model
+from prefopt.prepare import policy_source, prepare, resolve_token_budget
+from prefopt.recipe import Recipe, load_recipe
+from prefopt.reference.running import open_reference
+from prefopt.run_folder import RECIPE, write_json
+from prefopt.screen import Screen
+from prefopt.train import REFERENCE_SAMPLES
+
+
+def evaluate_run(folder: Path, console: Console) -> dict[str, Any]:
+    """Evaluate the final model of a run on its held-out data; also written to ``evaluation.json``.
+
+    Raises:
+        ModelError: the run has no final model.
+        DataError: its recipe holds nothing out.
+    """
+    if not (folder / "model").is_dir():
+        raise ModelError(Problem(str(folder), "a finished run with model/", "no model/ in it",
+                                 f"finish it: prefopt train {folder / RECIPE}"))  # fmt: skip
+    prepared = prepare(load_recipe(str(folder / RECIPE)), quiet=not console.is_terminal)
+    recipe = prepared.recipe
+    reference = open_reference(prepared, console)
+    policy = load_trained(recipe, folder / "model")
+    settle_layout(policy, recipe, probe_group(prepared.data.train))
+    reference.use_policy(policy)
+    budget = resolve_token_budget(recipe.train.token_budget, default_device())
+    evaluator = make_evaluator(prepared, reference, token_budget=budget)
+    if evaluator is None:
+        raise DataError(
+            Problem("data.eval", "held-out data", "none: eval_fraction is 0", "set data.eval in the recipe")
+        )
+    measures = evaluate_comparisons(evaluator, policy)
+    if evaluator.prompts:
+        before = reference_samples(evaluator, folder / REFERENCE_SAMPLES)
+        samples = write_samples(evaluator, policy)
+        measures |= evaluate_samples(evaluator, policy, samples)
+        if "gold_reward" in measures:
+            gold = {"reference": mean_gold_reward(before), "policy": measures["gold_reward"]}
+            measures["gold_reward"] = gold
+        Screen(console).side_by_side(before, samples, recipe.eval.show)
+    write_json(folder / "evaluation.json", measures)
+    return measures
+
+
+def load_trained(recipe: Recipe, folder: Path) -> Scorer:
+    """Load a run's final policy: its weights, or its adapter on the recipe's model."""
+    source = policy_source(recipe)
+    if recipe.adapter is None:
+        return Scorer(load_model(ModelSource(str(folder), dtype=source.dtype, compute=source.compute))).eval()
+    from peft import PeftModel
+
+    return Scorer(PeftModel.from_pretrained(load_model(source), str(folder))).eval()

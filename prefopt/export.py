@@ -1,0 +1,65 @@
+"""`prefopt export`: a run's model as one plain folder, its adapter merged, in the dtype asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefopt.errors import ModelError, Problem
+from prefopt.models import DTYPES, ModelSource, load_model, load_tokenizer, quiet_transformers
+from prefopt.prepare import with_sandbox
+from prefopt.recipe import Recipe, load_recipe
+from prefopt.run_folder import RECIPE
+
+
+def export_run(
+    folder: Path, *, output: Path | None = None, dtype: str | None = None, push_to_hub: str | None = None
+) -> Path:
+    """Write a run's final model as plain weights.
+
+    Args:
+        folder: the run folder.
+        output: where to; None is ``RUN/export``.
+        dtype: float32, bfloat16 or float16; None keeps what was trained.
+        push_to_hub: ``owner/name`` of a hub repository to push to as well.
+
+    Raises:
+        ModelError: the run has no model yet.
+    """
+    model_folder = folder / "model"
+    if not model_folder.is_dir():
+        raise ModelError(Problem(str(folder), "a finished run with model/", "no model/ in it",
+                                 f"finish it: prefopt train {folder / RECIPE}"))  # fmt: skip
+    target = output or folder / "export"
+    recipe = with_sandbox(load_recipe(str(folder / RECIPE), check_files=False), quiet=True)
+    if recipe.adapter is not None:
+        merge_adapter(recipe, model_folder, target, dtype=dtype)
+    else:
+        source = ModelSource(str(model_folder), dtype=DTYPES[dtype or "float32"])
+        model = load_model(source)
+        with quiet_transformers():
+            model.save_pretrained(target)
+    tokenizer = load_tokenizer(ModelSource(str(model_folder)))
+    tokenizer.save_pretrained(target)
+    card = model_folder / "README.md"
+    if card.exists():
+        (target / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
+    if push_to_hub is not None:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(push_to_hub, exist_ok=True)
+        api.upload_folder(repo_id=push_to_hub, folder_path=target)
+    return target
+
+
+def merge_adapter(recipe: Recipe, adapter: Path, target: Path, *, dtype: str | None) -> None:
+    """Merge an adapter into the unquantized base model and save the result with its tokenizer.
+
+    Merging into 4-bit weights would round the update away, so the base is always loaded in full precision.
+    """
+    from peft import PeftModel
+
+    base = load_model(ModelSource(recipe.model.path, recipe.model.revision, DTYPES[dtype or "float32"]))
+    with quiet_transformers():
+        PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().save_pretrained(target)
+    load_tokenizer(ModelSource(str(adapter))).save_pretrained(target)

@@ -1,0 +1,138 @@
+"""The start-up comparison: a layout is used only if it gives the log-probs of the model's own logits.
+
+Wrong shared prompts are silent (the chosen completion is right, the rejected one is nats off), so every model is
+compared before it is trusted: shared against plain logits, else unshared, else the model is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prefopt.attention import attention
+from prefopt.batching import RaggedBatch, make_batch
+from prefopt.data.groups import GroupDataset, PromptGroup
+from prefopt.errors import ModelError, Problem
+from prefopt.forward import TOLERANCE, Layout, Scorer, compute_dtype, plain_attention
+from prefopt.recipe import Recipe
+from prefopt_losses.logps import token_logps_from_logits
+
+PROBE_TOKENS = 64
+"""A group for the start-up comparison has at least so many tokens where there is one: enough to show a mistake."""
+
+
+@torch.no_grad()
+def plain_logps(model: PreTrainedModel, group: PromptGroup) -> Tensor:
+    """(completions,) summed log-probs by the model's own forward pass, one sequence at a time: the yardstick."""
+    sums = []
+    with attention(model, plain_attention(model)):
+        for completion in group.completions:
+            ids = torch.tensor([*group.prompt, *completion], device=model.device)[None]
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(group.prompt) - 1 : -1]
+            sums.append(token_logps_from_logits(logits, ids[0, len(group.prompt) :]).sum())
+    return torch.stack(sums)
+
+
+@dataclass(frozen=True)
+class LayoutChoice:
+    """Which layout a model runs in, and what the start-up comparison showed."""
+
+    layout: Layout
+    max_difference: float
+    """Nats, of the layout taken, against the model's plain logits."""
+    reason: str
+
+
+@torch.no_grad()
+def choose_layout(
+    scorer: Scorer, group: PromptGroup, *, wanted: str = "auto", dtype: torch.dtype = torch.float32
+) -> LayoutChoice:
+    """Compare the layouts with the model's plain logits on one group and set the scorer's layout.
+
+    Args:
+        scorer: the model; its layout is set.
+        group: a group with at least one completion; the more completions, the sharper the comparison.
+        wanted: ``auto`` falls back to unshared when shared disagrees; ``shared`` refuses instead.
+        dtype: compute dtype, which sets the tolerance.
+
+    Raises:
+        ModelError: no layout agrees with the model's own logits, or the wanted one does not.
+    """
+    model = scorer.language_model
+    device = next(model.parameters()).device
+    was_training = scorer.training
+    scorer.eval()
+    expected = plain_logps(model, group)
+    batch = make_batch([group]).to(device)
+    tokens = max(len(completion) for completion in group.completions)
+    limit = TOLERANCE[dtype] * tokens**0.5
+    reason = "asked for by model.attention"
+    try:
+        if wanted != "unshared":
+            difference, reason = _shared_difference(scorer, batch, expected)
+            if difference <= limit:
+                return LayoutChoice("shared", difference, "agrees with the model's plain logits")
+            if wanted == "shared":
+                raise ModelError(
+                    Problem("model.attention", "shared prompts to give the model's own log-probs", reason,
+                            "use model.attention=auto or unshared")
+                )  # fmt: skip
+        scorer.set_layout("unshared")
+        difference = float((scorer(batch).sums - expected).abs().max())
+        if not difference <= limit:
+            raise ModelError(
+                Problem(
+                    "model",
+                    f"log-probs equal to the model's own logits within {limit:.3g} nats",
+                    f"a difference of {difference:.3g} nats even with one row per completion",
+                    "this architecture's head is not supported; please report it with its config.json",
+                )
+            )
+        return LayoutChoice("unshared", difference, reason)
+    finally:
+        scorer.train(was_training)
+
+
+def _shared_difference(scorer: Scorer, batch: RaggedBatch, expected: Tensor) -> tuple[float, str]:
+    """Largest difference of the shared layout, infinite where it cannot run, with the reason in words."""
+    scorer.set_layout("shared")
+    try:
+        difference = float((scorer(batch).sums - expected).abs().max())
+    except (KeyError, TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        return float("inf"), f"shared prompts do not run here ({type(error).__name__}: {error})"
+    layers = getattr(scorer.language_model.config.get_text_config(), "num_hidden_layers", None)
+    if layers is not None and scorer.attention_calls != layers:
+        return (
+            float("inf"),
+            f"only {scorer.attention_calls} of {layers} layers call the registered attention function",
+        )
+    if difference != difference:
+        return float("inf"), "shared prompts give NaN"
+    return difference, f"shared prompts differ by {difference:.3g} nats from the model's plain logits"
+
+
+def settle_layout(scorer: Scorer, recipe: Recipe, probe: PromptGroup) -> LayoutChoice:
+    """Choose the layout for a model under a recipe, by the start-up comparison."""
+    wanted = "unshared" if recipe.train.dropout else recipe.model.attention
+    held_in = next(scorer.parameters()).dtype
+    dtype = held_in if held_in in (torch.float16, torch.bfloat16) else compute_dtype("fp32")
+    if recipe.model.quantization != "none" or recipe.reference.quantization != "none":
+        dtype = compute_dtype(recipe.train.precision)
+    return choose_layout(scorer, probe, wanted=wanted, dtype=dtype)
+
+
+def probe_group(dataset: GroupDataset) -> PromptGroup:
+    """Return a short group of at least `PROBE_TOKENS` tokens and, where there is one, two completions."""
+    sizes = np.array(
+        [
+            int(dataset.prompt_lengths[i]) + int(dataset.completion_lengths(i).sum())
+            for i in range(min(64, len(dataset)))
+        ]
+    )
+    long_enough = np.flatnonzero(sizes >= PROBE_TOKENS)
+    pick = long_enough[np.argmin(sizes[long_enough])] if len(long_enough) else np.argmax(sizes)
+    return dataset[int(pick)]

@@ -1,0 +1,59 @@
+"""`prefopt check`: what a person would want to have seen before a long run."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from prefopt.batching import StepPlanner
+from prefopt.invariant import check_step_zero, step_zero
+from prefopt.layout import probe_group
+from prefopt.models import default_device
+from prefopt.policy import load_policy
+from prefopt.prepare import prepare, reference_source, resolve_token_budget
+from prefopt.recipe import Recipe
+from prefopt.reference.opening import reference_in_memory
+from prefopt.reference.source import OnlineLogps
+from prefopt.run_folder import conventions
+from prefopt.screen import Screen
+
+CHECKED_GROUPS = 8
+"""Groups whose step-0 log-ratios are computed."""
+
+
+def check_recipe(recipe: Recipe, console: Console) -> None:
+    """Show the data's edges and counts, the plan, and the step-0 log-ratios; trains and writes nothing.
+
+    Raises:
+        UserError: what would have stopped the run.
+    """
+    screen = Screen(console)
+    prepared = prepare(recipe, quiet=not console.is_terminal)
+    recipe = prepared.recipe
+    screen.line(f"{recipe.name}: {prepared.loss.name}", style="bold")
+    for name, text in conventions(prepared.loss).items():
+        screen.named(name, text)
+    screen.data(prepared)
+    budget = resolve_token_budget(recipe.train.token_budget, default_device())
+    dataset = prepared.data.train
+    planner = StepPlanner(
+        dataset,
+        batch_size=recipe.train.batch_size,
+        token_budget=budget,
+        seed=recipe.seed,
+        rejected=prepared.loss.needs.rejected or not dataset.paired,
+    )
+    total = planner.total_steps(epochs=recipe.train.epochs, max_steps=recipe.train.max_steps)
+    first = planner.step(0)
+    screen.named(
+        "step",
+        f"{first.comparisons} comparisons in {len(first.micro_batches)} micro-batches, {first.computed_tokens:,} "
+        "computed tokens",
+    )
+    few = dataset.select(range(min(CHECKED_GROUPS, len(dataset))))
+    policy = load_policy(recipe, probe_group(dataset), token_budget=budget)
+    screen.plan(policy, {"token_budget": budget, "device": str(default_device())}, total, 0)
+    with reference_in_memory(reference_source(recipe), recipe, probe_group(dataset)) as reference:
+        online = OnlineLogps(reference, precision=recipe.train.precision)
+        zero = step_zero(policy.scorer, few, online, precision=recipe.train.precision)
+    screen.named("step 0", check_step_zero(recipe, zero))
+    screen.line("nothing stands in the way of this run", style="green")

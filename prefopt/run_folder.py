@@ -1,0 +1,163 @@
+"""The run folder: which one a recipe gets, and the files that explain it.
+
+recipe.yaml       every key, resolved, with the loss's conventions as comments
+environment.json  versions, device, threads
+metrics.jsonl     one line per log
+samples.jsonl     what reference and policy wrote for the same held-out prompts
+result.json       the outcome
+model/            plain from_pretrained format with a model card
+checkpoints/      what a resumed run goes on from
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefopt.errors import Problem, RecipeError
+from prefopt.recipe import Recipe, load_recipe
+from prefopt_losses import Loss
+
+RECIPE, RESULT, SAMPLES = "recipe.yaml", "result.json", "samples.jsonl"
+
+_FREE_TO_CHANGE = ("tracking", "checkpoint", "output")
+"""Sections that change nothing of what a run computes: a run may be resumed under others."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run lives, and what stood there already."""
+
+    path: Path
+    note: str
+    """Why it is this folder, where that needs saying."""
+    result: dict[str, Any] | None
+    """The result of the same recipe, where it has finished before."""
+
+
+def claim_folder(recipe: Recipe) -> RunFolder:
+    """Find the folder of a run: the recipe's own where it is free or holds the same recipe.
+
+    A folder that follows the default pattern moves on to `-2`, `-3`, ... when it holds another recipe, and says
+    so; a folder that the recipe names itself does not.
+
+    Raises:
+        RecipeError: the named folder holds another run, or cannot be written.
+    """
+    wanted = recipe.output_folder()
+    for number in range(1, 1000):
+        path = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        differing = _differing_keys(path, recipe)
+        if differing is None or not differing:
+            break
+        if "{recipe}" not in recipe.output:
+            raise RecipeError(
+                Problem("output", "a new folder, or one of the same recipe",
+                        f"{path} holds a run with other {', '.join(differing[:6])}",
+                        f"choose another output=FOLDER, or remove {path}")
+            )  # fmt: skip
+    note = "" if path == wanted else f"{wanted} holds another run; this one goes to {path}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not (path / RECIPE).exists():
+            write_text(path / RECIPE, recipe_text(recipe))
+    except OSError as error:
+        raise RecipeError(
+            Problem(
+                "output",
+                "a folder that can be written",
+                f"{path}: {error.strerror or error}",
+                "output=FOLDER",
+            )
+        ) from error
+    return RunFolder(path, note, _finished(path))
+
+
+def _differing_keys(path: Path, recipe: Recipe) -> list[str] | None:
+    """Dotted keys in which the folder's recipe differs; None where it holds no run; [RECIPE] where unreadable."""
+    if not (path / RECIPE).is_file():
+        return None if not path.exists() or not any(path.iterdir()) else [f"content (no {RECIPE})"]
+    there = _flat(load_recipe(str(path / RECIPE), check_files=False).to_mapping())
+    here = _flat(recipe.to_mapping())
+    keys = sorted(there.keys() | here.keys())
+    return [key for key in keys if there.get(key) != here.get(key) and key.split(".")[0] not in _FREE_TO_CHANGE]
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _finished(path: Path) -> dict[str, Any] | None:
+    try:
+        result = json.loads((path / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and result.get("status") == "finished" else None
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML, headed by what its loss's numbers mean."""
+    lines = [f"# {name}: {text}" for name, text in conventions(recipe.build_loss()).items()]
+    return "\n".join(["# The resolved recipe of this run. Its loss, spelled out:", *lines, recipe.to_yaml()])
+
+
+def conventions(loss: Loss) -> dict[str, str]:
+    """Return the conventions of a loss, one line each."""
+    return {"loss": loss.name, **{name: " ".join(text.split()) for name, text in loss.conventions.items()}}
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine of this process."""
+    packages = ("torch", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "prefopt")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole."""
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file whole: beside, then renamed."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
+def write_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines whole."""
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSON lines file; none where there is no file."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

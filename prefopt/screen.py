@@ -1,0 +1,204 @@
+"""What a run says while it goes: few lines, each with its number and what the number means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from prefopt.run_folder import SAMPLES, RunFolder, read_json_lines
+
+if TYPE_CHECKING:
+    from prefopt.policy import Policy
+    from prefopt.prepare import Prepared
+    from prefopt.recipe import Recipe
+    from prefopt.reference.running import RunReference
+    from prefopt.sampling import Sample
+
+
+class Screen:
+    """The console of one run."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def line(self, text: str, *, style: str = "") -> None:
+        """Print one line."""
+        self.console.print(Text(text, style=style))
+
+    def named(self, name: str, text: str) -> None:
+        """Print a line under a short name, wrapped beside it."""
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(style="dim", width=10, no_wrap=True)
+        grid.add_column(overflow="fold")
+        grid.add_row(name, Text(text))
+        self.console.print(grid)
+
+    def opening(self, recipe: Recipe, folder: RunFolder) -> None:
+        """Say what runs, where, and what its loss's numbers mean."""
+        loss = recipe.build_loss()
+        hyper = ", ".join(f"{name} {_short(value)}" for name, value in loss.hyperparameters.items())
+        self.console.print()
+        self.console.print(Text(f"{recipe.name}: {loss.name}" + (f" ({hyper})" if hyper else ""), style="bold"))
+        self.named("run", str(folder.path))
+        if folder.note:
+            self.named("", folder.note)
+        spelled = loss.conventions
+        kept = [f"{name} {spelled[name]}" for name in ("aggregate", "beta") if name in spelled]
+        if kept:
+            self.named("units", "; ".join(kept))
+
+    def already_finished(self, folder: RunFolder) -> None:
+        """Show a run that has finished before, and how to run it anew."""
+        result = folder.result or {}
+        self.line(f"this run has finished; remove {folder.path} to run it anew", style="yellow")
+        rows = read_json_lines(folder.path / SAMPLES)
+        self._side_by_side([(row["prompt"], row["reference"], row["policy"]) for row in rows[:3]])
+        self._outcome(folder.path, result)
+
+    def data(self, prepared: Prepared) -> None:
+        """Say what came of the data's rows."""
+        for number, line in enumerate(prepared.data.report.lines()):
+            self.named("" if number else "data", line)
+
+    def reference(self, reference: RunReference) -> None:
+        """Say what the reference cost."""
+        report = reference.report
+        quantization = reference.prepared.recipe.reference.quantization
+        held = "" if quantization == "none" else f", {quantization}"
+        if reference.prepared.recipe.reference.cache == "off":
+            self.named("reference", f"computed in every step (reference.cache=off){held}")
+            return
+        said = (
+            f"{report.hits + report.misses:,} completions needed, {report.hits:,} cached, {report.misses:,} scored now"
+        )
+        if report.misses:
+            said += f" ({report.tokens:,} tokens in {report.seconds:.1f} s)"
+        self.named("reference", said + held)
+
+    def plan(self, policy: Policy, resolved: Mapping[str, Any], total: int, start: int) -> None:
+        """Say what is trained and how."""
+        share = "" if policy.trainable == policy.total else f" of {policy.total / 1e6:,.1f} M"
+        self.named(
+            "policy",
+            f"{policy.trainable / 1e6:,.2f} M{share} parameters train; layout {policy.layout.layout} "
+            f"({policy.layout.reason}, {policy.layout.max_difference:.1g} nats apart)",
+        )
+        checkpointing = ", activations recomputed" if policy.checkpointing else ""
+        steps = f"{total - start} of {total} steps left" if start else f"{total} steps"
+        self.named(
+            "plan",
+            f"{steps}, {resolved['token_budget']:,} computed tokens per micro-batch on {resolved['device']}{checkpointing}",
+        )
+
+    def reference_samples(self, samples: Sequence[Sample], show: int) -> None:
+        """Show what the reference writes, before training."""
+        if not samples or not show:
+            return
+        table = Table(box=box.SIMPLE, title="before training", title_justify="left", title_style="bold", expand=False)
+        table.add_column("prompt", max_width=30, style="dim")
+        table.add_column("the reference writes", max_width=90)
+        for one in samples[:show]:
+            table.add_row(Text(_clipped(one.prompt, 200)), Text(_clipped(one.completion, 400)))
+        self.console.print(table)
+
+    @contextmanager
+    def progress(self, total: int, start: int) -> Iterator[Callable[[float], None]]:
+        """Show a bar with the time left; gives the function that moves it on by one step."""
+        columns = (
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        with bar:
+            task = bar.add_task("training", total=total, completed=start, loss="…")
+            yield lambda loss: bar.update(task, advance=1, loss=f"{loss:.4f}")
+
+    def evaluation(self, step: int, measures: Mapping[str, Any]) -> None:
+        """Print one line per look at the held-out data."""
+        parts = [f"step {step:>5}", f"loss {measures['loss']:.4f}"]
+        if "accuracy" in measures:
+            low, high = measures["accuracy_interval"]
+            parts.append(f"accuracy {measures['accuracy']:.3f} [{low:.2f}, {high:.2f}]")
+        for side in ("chosen", "rejected"):
+            if f"{side}_drift_per_token" in measures:
+                parts.append(f"{side} {measures[f'{side}_drift_per_token']:+.3f}/token")
+        if "kl" in measures:
+            parts.append(f"KL {measures['kl']:.2f}")
+        if "gold_reward" in measures:
+            parts.append(f"gold reward {measures['gold_reward']['policy']:.3f}")
+        self.line("  ".join(parts))
+
+    def finished(
+        self,
+        folder: Path,
+        result: Mapping[str, Any],
+        after: Sequence[Sample],
+        before: Sequence[Sample],
+        show: int,
+    ) -> None:
+        """Show the same prompts before and after, and the outcome."""
+        self.side_by_side(before, after, show)
+        self._outcome(folder, result)
+
+    def side_by_side(self, before: Sequence[Sample], after: Sequence[Sample], show: int) -> None:
+        """Show what reference and policy wrote for the same prompts."""
+        self._side_by_side(
+            [(new.prompt, old.completion, new.completion) for old, new in zip(before[:show], after[:show])]
+        )
+
+    def _side_by_side(self, rows: Sequence[tuple[str, str, str]]) -> None:
+        if not rows:
+            return
+        table = Table(box=box.SIMPLE, expand=False, show_lines=True)
+        table.add_column("prompt", max_width=28, style="dim")
+        table.add_column("before (reference)", max_width=60)
+        table.add_column("after (policy)", max_width=60)
+        for prompt, old, new in rows:
+            table.add_row(Text(_clipped(prompt, 160)), Text(_clipped(old, 400)), Text(_clipped(new, 400)))
+        self.console.print(table)
+
+    def _outcome(self, folder: Path, result: Mapping[str, Any]) -> None:
+        measures = result.get("eval") or {}
+        if "gold_reward" in measures:
+            gold = measures["gold_reward"]
+            self.named("gold", f"reward {gold['reference']:.3f} before, {gold['policy']:.3f} after")
+        if "accuracy" in measures:
+            low, high = measures["accuracy_interval"]
+            self.named(
+                "held out",
+                f"accuracy {measures['accuracy']:.3f} on {measures['comparisons']} comparisons "
+                f"(95 % interval {low:.3f} to {high:.3f})",
+            )
+        if measures.get("kl") is not None:
+            error = measures.get("kl_standard_error")
+            spread = f" ± {error:.2f}" if error is not None else ""
+            self.named("KL", f"{measures['kl']:.2f}{spread} nats per completion from the reference")
+        drift = [measures.get(f"{side}_drift_per_token") for side in ("chosen", "rejected")]
+        if all(value is not None and value < 0 for value in drift):
+            self.named("note", "chosen and rejected both became less likely (likelihood displacement)")
+        self.named("result", str(folder / "result.json"))
+        self.named("model", str(folder / "model"))
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _clipped(text: str, length: int) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= length else flat[: length - 1] + "…"
