@@ -102,7 +102,8 @@ class Screen:
         steps = f"{total - start} of {total} steps left" if start else f"{total} steps"
         self.named(
             "plan",
-            f"{steps}, {resolved['token_budget']:,} computed tokens per micro-batch on {resolved['device']}{checkpointing}",
+            f"{steps}, {resolved['token_budget']:,} computed tokens per micro-batch on {resolved['device']}"
+            f"{checkpointing}",
         )
 
     def reference_samples(self, samples: Sequence[Sample], show: int) -> None:

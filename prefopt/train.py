@@ -121,7 +121,8 @@ def run_training(recipe: Recipe, console: Console) -> dict[str, Any]:
     return finish_run(
         Finish(
             recipe, run.folder, prepared, run.policy, reference, run.state.step, run.resolved, zero,
-            run.evaluation, run.samples, run.reference_samples, run.last_loss, run.comparisons, run.tokens, run.seconds, peak_memory(),
+            run.evaluation, run.samples, run.reference_samples, run.last_loss,
+            run.comparisons, run.tokens, run.seconds, peak_memory(),
         ),
         screen,
     )  # fmt: skip

@@ -108,7 +108,8 @@ def _refuse_changed_weights(prepared: Prepared) -> None:
     changed = [file.name for file, old, new in zip(files, remembered, read) if old != new]
     if changed:
         raise CacheError(
-            Problem(str(folder), "weights that hash as they did", f"{', '.join(changed)} changed with size and time kept",
+            Problem(str(folder), "weights that hash as they did",
+                    f"{', '.join(changed)} changed with size and time kept",
                     "build again: the corrected hashes are remembered now")
         )  # fmt: skip
 

@@ -22,7 +22,30 @@ FORMAT = 1
 
 # Fields of config.json that name or describe a model without changing its forward pass.
 _COSMETIC = frozenset(
-    ["_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "_attn_implementation", "_commit_hash", "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "finetuning_task", "problem_type", "initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"]
+    {
+        "_attn_implementation",
+        "_commit_hash",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "attn_pdrop",
+        "auto_map",
+        "bos_token_id",
+        "dtype",
+        "embd_pdrop",
+        "eos_token_id",
+        "finetuning_task",
+        "hidden_dropout",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "pad_token_id",
+        "problem_type",
+        "resid_pdrop",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
 )
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
