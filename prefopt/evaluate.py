@@ -78,7 +78,7 @@ def evaluate_comparisons(evaluator: Evaluator, policy: Scorer) -> dict[str, Any]
     dataset = evaluator.dataset
     plan = pack_slices(dataset, every_comparison(dataset), token_budget=evaluator.token_budget)
     tokens_per_example = plan.chosen_tokens / max(plan.comparisons, 1)
-    sums = MetricSums()
+    sums = MetricSums(next(policy.parameters()).device)
     batches = (make_batch([dataset[part.group] for part in micro], micro) for micro in plan.micro_batches)
     for batch, result in score(policy, batches, precision=evaluator.precision):
         reference = evaluator.reference_logps(batch) if evaluator.reference_logps else None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prefopt.batching import RaggedBatch
 from prefopt.forward import CompletionLogProbs
-from prefopt_losses import LogProbs, Loss, UnpairedLogProbs
+from prefopt_losses import LogProbs, Loss, UnpairedLogProbs, accuracies
 
 
 def comparison_losses(
@@ -79,33 +79,41 @@ def unpaired_record(
     )
 
 
+METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "logratios/chosen",
+    "logratios/rejected",
+)
+"""Every per-example metric; one list for all processes, so that their sums can be added."""
+
+
 class MetricSums:
     """Sums and counts of per-example metrics, kept on the device until they are read."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in METRICS}
+        self._counts = dict.fromkeys(METRICS, 0)
 
     def add(self, name: str, values: Tensor) -> None:
         """Add one value per example; an empty tensor adds nothing."""
-        if values.numel() == 0:
-            return
-        total = values.detach().double().sum()
-        self._sums[name] = self._sums[name] + total if name in self._sums else total
-        self._counts[name] = self._counts.get(name, 0) + values.numel()
+        self._sums[name] = self._sums[name] + values.detach().double().sum()
+        self._counts[name] += values.numel()
 
     def means(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Return the mean of each metric over all its examples; ``reduce`` sums a tensor over processes."""
-        if not self._sums:
-            return {}
-        names = sorted(self._sums)
-        sums = torch.stack([self._sums[name] for name in names])
-        counts = torch.tensor([self._counts[name] for name in names], dtype=sums.dtype, device=sums.device)
+        sums = torch.stack([self._sums[name] for name in METRICS])
+        counts = torch.tensor([self._counts[name] for name in METRICS], dtype=sums.dtype, device=sums.device)
         both = torch.stack((sums, counts))
         if reduce is not None:
             both = reduce(both)
         sums, counts = both.cpu()
-        return {name: float(total / count) for name, total, count in zip(names, sums, counts)}
+        return {name: float(total / count) for name, total, count in zip(METRICS, sums, counts) if count}
 
 
 def add_comparison_metrics(
@@ -142,8 +150,3 @@ def add_comparison_metrics(
         sums.add("rewards/rejected", rejected)
         sums.add("rewards/margins", margins)
         sums.add("rewards/accuracies", accuracies(margins))
-
-
-def accuracies(margins: Tensor) -> Tensor:
-    """1 where the chosen completion is ahead, 0 where it is behind, one half where they tie."""
-    return torch.where(margins == 0, 0.5, (margins > 0).double())

@@ -42,11 +42,15 @@ class Finish:
     tokens: int
     seconds: float
     peak_memory: int
+    writes: bool = True
+    """False in every process but the first."""
 
 
 def finish_run(finish: Finish, screen: Screen) -> dict[str, Any]:
     """Write everything that outlives the process; `result.json` last, for it says that the run has finished."""
     result = result_content(finish)
+    if not finish.writes:
+        return result
     save_model(finish, result)
     write_lines(finish.folder / SAMPLES, _side_by_side(finish))
     write_json(finish.folder / RESULT, result)

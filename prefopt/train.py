@@ -103,16 +103,18 @@ def run_training(recipe: Recipe, console: Console) -> dict[str, Any]:
         UserError: something a person can mend.
         Interrupted: Ctrl-C; the state is saved.
     """
-    screen = Screen(console)
-    folder = claim_folder(recipe)
+    accelerator = Accelerator(mixed_precision="no")  # the scorer's own autocast, equal for policy and reference
+    screen = Screen(console if accelerator.is_main_process else Console(quiet=True))
+    with accelerator.main_process_first():
+        folder = claim_folder(recipe)
     screen.opening(recipe, folder)
     if folder.result is not None:
         screen.already_finished(folder)
         return folder.result
-    accelerator = Accelerator()
-    prepared = prepare(recipe, quiet=not console.is_terminal)
+    with accelerator.main_process_first():  # the others find data and log-probs in the caches
+        prepared = prepare(recipe, quiet=not screen.console.is_terminal)
+        reference = open_reference(prepared, screen.console)
     screen.data(prepared)
-    reference = open_reference(prepared, console)
     screen.reference(reference)
     run = _set_up(recipe, folder, prepared, reference, accelerator, screen)
     with _stop_on_interrupt(run):
@@ -120,12 +122,26 @@ def run_training(recipe: Recipe, console: Console) -> dict[str, Any]:
         _loop(run)
     return finish_run(
         Finish(
-            recipe, run.folder, prepared, run.policy, reference, run.state.step, run.resolved, zero,
-            run.evaluation, run.samples, run.reference_samples, run.last_loss,
-            run.comparisons, run.tokens, run.seconds, peak_memory(),
+            writes=accelerator.is_main_process,
+            recipe=recipe,
+            folder=run.folder,
+            prepared=prepared,
+            policy=run.policy,
+            reference=reference,
+            steps=run.state.step,
+            resolved=run.resolved,
+            step_zero=zero,
+            evaluation=run.evaluation,
+            samples=run.samples,
+            reference_samples=run.reference_samples,
+            final_loss=run.last_loss,
+            comparisons=run.comparisons,
+            tokens=run.tokens,
+            seconds=run.seconds,
+            peak_memory=peak_memory(),
         ),
         screen,
-    )  # fmt: skip
+    )
 
 
 def _set_up(
@@ -156,12 +172,14 @@ def _set_up(
     module, optimizer = accelerator.prepare(policy.scorer, optimizer)
     resolved["gradient_checkpointing"] = policy.checkpointing
     resolved["layout"] = policy.layout.layout
-    tracker = Tracker(folder.path, recipe, resumed_at=state.step if newest else -1, resolved=resolved)
-    write_json(folder.path / "environment.json", environment() | {"processes": accelerator.num_processes})
+    tracker = None
+    if accelerator.is_main_process:
+        tracker = Tracker(folder.path, recipe, resumed_at=state.step if newest else -1, resolved=resolved)
+        write_json(folder.path / "environment.json", environment() | {"processes": accelerator.num_processes})
     run = Run(
         recipe, folder.path, prepared, accelerator, policy, module, optimizer, planner, reference,
         evaluator=make_evaluator(prepared, reference, token_budget=resolved["token_budget"]),
-        tracker=tracker if accelerator.is_main_process else None,
+        tracker=tracker,
         screen=screen, total=total, resolved=resolved, state=state,
     )  # fmt: skip
     screen.plan(policy, resolved, total, state.step)
@@ -184,9 +202,11 @@ def _look_before(run: Run) -> dict[str, Any] | None:
     if run.state.step == 0 and logps is not None and dataset is not None:
         zero = step_zero(run.scorer, dataset, logps, precision=run.recipe.train.precision)
         run.screen.named("step 0", check_step_zero(run.recipe, zero))
-        write_json(file, zero.as_dict())
+        if run.accelerator.is_main_process:
+            write_json(file, zero.as_dict())
     if run.evaluator is not None:
-        run.reference_samples = reference_samples(run.evaluator, run.folder / REFERENCE_SAMPLES)
+        with run.accelerator.main_process_first():
+            run.reference_samples = reference_samples(run.evaluator, run.folder / REFERENCE_SAMPLES)
         run.screen.reference_samples(run.reference_samples, run.recipe.eval.show)
         if run.state.step in (0, run.total):
             _evaluate(run, samples=run.state.step == run.total)
@@ -199,7 +219,7 @@ def _loop(run: Run) -> None:
     last_comparison = None
     if recipe.train.max_steps is None:
         last_comparison = round((recipe.train.epochs or 0) * run.planner.comparisons)
-    sums = MetricSums()
+    sums = MetricSums(run.accelerator.device)
     with run.screen.progress(total, run.state.step) as advance:
         for number in range(run.state.step, total):
             began = time.perf_counter()
@@ -215,7 +235,7 @@ def _loop(run: Run) -> None:
             run.tokens += plan.computed_tokens
             if step % recipe.tracking.every == 0 or step == total or run.stopping:
                 _log(run, sums, rate, norm)
-                sums = MetricSums()
+                sums = MetricSums(run.accelerator.device)
             run.seconds += time.perf_counter() - began
             advance(run.last_loss)
             if is_due(step, recipe.eval.every, total) or step == total:
