@@ -73,7 +73,8 @@ def evaluate_comparisons(evaluator: Evaluator, policy: Scorer) -> dict[str, Any]
     Returns:
         ``loss``; ``accuracy`` with its 95 % interval (Wilson) and ``comparisons``; ``margin`` (beta times the score
         difference the loss ranks by); ``chosen_drift_per_token`` and ``rejected_drift_per_token`` (policy minus
-        reference, nats per token, mean over completions).
+        reference, nats per token, mean over completions); ``displacement`` (share of comparisons whose margin grew
+        while both completions became less likely).
     """
     dataset = evaluator.dataset
     plan = pack_slices(dataset, every_comparison(dataset), token_budget=evaluator.token_budget)
@@ -94,8 +95,10 @@ def evaluate_comparisons(evaluator: Evaluator, policy: Scorer) -> dict[str, Any]
             "margin": means["rewards/margins"],
         }
     for side in ("chosen", "rejected"):
-        if f"logratios/{side}" in means:
-            measures[f"{side}_drift_per_token"] = means[f"logratios/{side}"]
+        if f"logratios_per_token/{side}" in means:
+            measures[f"{side}_drift_per_token"] = means[f"logratios_per_token/{side}"]
+    if "displacement" in means:
+        measures["displacement"] = means["displacement"]
     return measures
 
 

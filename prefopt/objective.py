@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prefopt.batching import RaggedBatch
 from prefopt.forward import CompletionLogProbs
-from prefopt_losses import LogProbs, Loss, UnpairedLogProbs, accuracies
+from prefopt_losses import LogProbs, Loss, UnpairedLogProbs, loss_metrics
 
 
 def comparison_losses(
@@ -89,6 +89,9 @@ METRICS = (
     "logps/rejected",
     "logratios/chosen",
     "logratios/rejected",
+    "logratios_per_token/chosen",
+    "logratios_per_token/rejected",
+    "displacement",
 )
 """Every per-example metric; one list for all processes, so that their sums can be added."""
 
@@ -124,29 +127,27 @@ def add_comparison_metrics(
     reference: Tensor | None,
     losses: Tensor,
 ) -> None:
-    """Add what is logged of every example.
-
-    ``loss``; ``rewards/{chosen,rejected,margins,accuracies}``: by the very score the loss ranks by (a tied margin
-    counts half); ``logps/{chosen,rejected}``: nats per completion; ``logratios/{chosen,rejected}``: policy minus
-    reference in nats per token, unscaled.
-    """
+    """Add ``loss`` and what `prefopt_losses.loss_metrics` says of every example."""
     sums.add("loss", losses)
-    with torch.no_grad():
-        policy = CompletionLogProbs(policy.sums.detach(), policy.lengths, policy.tokens.detach())
-        for side, index in (("chosen", batch.chosen), ("rejected", batch.rejected)):
-            index = index[index >= 0]
-            if not index.numel():
-                continue
-            sums.add(f"logps/{side}", policy.sums[index])
-            if reference is not None:
-                sums.add(f"logratios/{side}", (policy.sums - reference)[index] / policy.lengths[index])
-        if not batch.two_sided:
-            return
-        if reference is None and loss.ranking_term.score.reference:
-            return
-        chosen, rejected = loss.rewards(paired_record(batch, policy, reference))
-        margins = chosen - rejected
-        sums.add("rewards/chosen", chosen)
-        sums.add("rewards/rejected", rejected)
-        sums.add("rewards/margins", margins)
-        sums.add("rewards/accuracies", accuracies(margins))
+    records = (
+        [_labelled_side(batch, policy, reference, side) for side in ("chosen", "rejected")]
+        if batch.unpaired
+        else [paired_record(batch, policy, reference)]
+    )
+    for record in records:
+        for name, values in loss_metrics(loss, record).items():
+            sums.add(name, values)
+
+
+def _labelled_side(
+    batch: RaggedBatch, policy: CompletionLogProbs, reference: Tensor | None, side: str
+) -> LogProbs:
+    """The desirable completions as a record of chosen ones, or the undesirable as one of rejected ones."""
+    index = batch.chosen if side == "chosen" else batch.rejected
+    index = index[index >= 0]
+    tensors: dict[str, Tensor | None] = {
+        f"{side}_logps": policy.sums[index],
+        f"{side}_lengths": policy.lengths[index],
+        f"ref_{side}_logps": None if reference is None else reference[index],
+    }
+    return LogProbs(**tensors)

@@ -136,9 +136,7 @@ class GroupDataset:
 
         return PromptGroup(
             prompt=ids(int(self.layout.prompt_rows[group]), "prompt"),
-            completions=tuple(
-                ids(int(cell) // 2, "rejected" if int(cell) % 2 else "chosen") for cell in cells
-            ),
+            completions=tuple(ids(int(cell) // 2, "rejected" if int(cell) % 2 else "chosen") for cell in cells),
             comparisons=self.comparisons(group),
         )
 
@@ -158,7 +156,7 @@ class GroupDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of tokens, structure and labels, 32 hex digits; a path, a format, a row number changes nothing."""
+        """Hash of tokens, structure and labels, 32 hex digits; paths and row numbers do not enter."""
         return self.layout.content_hash()
 
     def completion_lengths(self, group: int) -> np.ndarray:
