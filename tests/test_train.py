@@ -235,3 +235,24 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     train(tmp_path, checkpoint={"every": 2, "keep": 1, "best": "eval.loss"}, eval={"every": 2})
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert "step-00000006" in kept
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantized_policy_with_an_adapter_starts_at_its_equally_quantized_reference(tmp_path, quantization):
+    """The QLoRA rule: the same quantized base on both sides, or the first margin is already wrong."""
+    result = train(
+        tmp_path,
+        model={"path": str(make_recipe(tmp_path).model.path), "quantization": quantization},
+        adapter={"rank": 4},
+        reference={"quantization": quantization},
+        train={"learning_rate": 1e-2, "max_steps": 10},
+    )
+    assert result["reference"]["max_abs_error"] < 1e-2
+    assert result["eval"]["chosen_drift_per_token"] > result["eval"]["rejected_drift_per_token"]
+
+
+def test_a_quantized_policy_with_another_reference_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="quantization"):
+        make_recipe(
+            tmp_path, model={"path": str(make_recipe(tmp_path).model.path), "quantization": "nf4"}, adapter={"rank": 4}
+        )

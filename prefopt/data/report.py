@@ -29,6 +29,7 @@ class Dropped(StrEnum):
     REJECTED_EMPTY = "rejected is empty"
     COMPLETION_EMPTY = "completion is empty"
     IDENTICAL = "chosen and rejected are identical"
+    SAME_IDS = "chosen and rejected differ as text and have the same token ids"
     IDENTICAL_AFTER_CUT = "chosen and rejected are identical after the cut to data.max_length"
     NO_SHARED_PROMPT = "no prompt is given and chosen and rejected begin differently"
     PROBABILITY = "preference_probability outside [0, 1]"

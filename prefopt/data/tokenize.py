@@ -192,7 +192,7 @@ def _useless(prompt: list[int], completions: list[list[int]], with_eos: list[lis
     for name, side in zip(names, completions):
         if not side:
             return f"{name if len(names) == 2 else 'completion'} is empty"
-    return Dropped.IDENTICAL.value if len(with_eos) == 2 and with_eos[0] == with_eos[1] else ""
+    return Dropped.SAME_IDS.value if len(with_eos) == 2 and with_eos[0] == with_eos[1] else ""
 
 
 def _split(texts: _Rendered, ids: Mapping[str, list[int]]) -> _Ids:
