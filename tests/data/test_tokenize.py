@@ -220,10 +220,10 @@ def test_answers_that_differ_only_beyond_the_cut_are_dropped(load, pair, pairs):
     assert data.report.dropped == {"chosen and rejected are identical after the cut to data.max_length": 1}
 
 
-def test_texts_with_equal_ids_are_identical(load, pair, pairs):
+def test_texts_with_equal_ids_are_dropped_under_their_own_reason(load, pair, pairs):
     # "</s>" is what EOS adds anyway.
     rows = [{**pair, "chosen": " yes", "rejected": " yes</s>"}, *pairs(1)]
-    assert load(rows).report.dropped == {"chosen and rejected are identical": 1}
+    assert load(rows).report.dropped == {"chosen and rejected differ as text and have the same token ids": 1}
 
 
 TEXT = st.text(st.sampled_from("abc <s>/\n好"), max_size=30)
