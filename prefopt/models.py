@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -156,7 +157,7 @@ def load_model(source: ModelSource, device: torch.device | None = None) -> PreTr
         with quiet_transformers():
             config = AutoConfig.from_pretrained(_name(source), revision=source.revision)
             model = AutoModelForCausalLM.from_pretrained(_name(source), config=config, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(_load_problem(source, "causal language model", error)) from error
     if source.quantization in ("nf4", "fp4"):
         _choose_cpu_path(model, source.compute)

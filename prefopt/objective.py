@@ -139,9 +139,7 @@ def add_comparison_metrics(
             sums.add(name, values)
 
 
-def _labelled_side(
-    batch: RaggedBatch, policy: CompletionLogProbs, reference: Tensor | None, side: str
-) -> LogProbs:
+def _labelled_side(batch: RaggedBatch, policy: CompletionLogProbs, reference: Tensor | None, side: str) -> LogProbs:
     """The desirable completions as a record of chosen ones, or the undesirable as one of rejected ones."""
     index = batch.chosen if side == "chosen" else batch.rejected
     index = index[index >= 0]

@@ -22,7 +22,13 @@ pytestmark = pytest.mark.slow
 
 def environment(cache: Path) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "losses")])
-    return {**os.environ, "PYTHONPATH": path, "PREFOPT_CACHE": str(cache), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "PREFOPT_CACHE": str(cache),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
 
 
 def write_recipe(folder: Path, **changes: object) -> Path:
@@ -45,7 +51,10 @@ def test_two_processes_train_what_one_does(tmp_path):
     launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
     for name, launcher in (("one", ()), ("two", launch)):
         subprocess.run(
-            command(recipe, tmp_path / name, *launcher), check=True, capture_output=True, env=environment(tmp_path / "cache")
+            command(recipe, tmp_path / name, *launcher),
+            check=True,
+            capture_output=True,
+            env=environment(tmp_path / "cache"),
         )
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
