@@ -35,6 +35,7 @@ class Screen:
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self._headed = False
 
     def line(self, text: str, *, style: str = "") -> None:
         """Print one line."""
@@ -130,19 +131,23 @@ class Screen:
             yield lambda loss: bar.update(task, advance=1, loss=f"{loss:.4f}")
 
     def evaluation(self, step: int, measures: Mapping[str, Any]) -> None:
-        """Print one line per look at the held-out data."""
-        parts = [f"step {step:>5}", f"loss {measures['loss']:.4f}"]
+        """Print one line per look at the held-out data, under a heading that is printed once."""
+        cells = {"step": f"{step}", "loss": f"{measures['loss']:.4f}"}
         if "accuracy" in measures:
             low, high = measures["accuracy_interval"]
-            parts.append(f"accuracy {measures['accuracy']:.3f} [{low:.2f}, {high:.2f}]")
+            cells["accuracy (95 %)"] = f"{measures['accuracy']:.3f} ({low:.2f} to {high:.2f})"
         for side in ("chosen", "rejected"):
             if f"{side}_drift_per_token" in measures:
-                parts.append(f"{side} {measures[f'{side}_drift_per_token']:+.3f}/token")
-        if "kl" in measures:
-            parts.append(f"KL {measures['kl']:.2f}")
+                cells[f"{side}/token"] = f"{measures[f'{side}_drift_per_token']:+.3f}"
+        cells["KL"] = f"{measures['kl']:.2f}" if "kl" in measures else ""
         if "gold_reward" in measures:
-            parts.append(f"gold reward {measures['gold_reward']['policy']:.3f}")
-        self.line("  ".join(parts))
+            cells["gold reward"] = f"{measures['gold_reward']['policy']:.3f}"
+        widths = {"step": 6, "loss": 8, "accuracy (95 %)": 22, "KL": 8}
+        if not self._headed:
+            self._headed = True
+            self.line("\nheld out: log-probs are nats per token against the reference, KL nats per completion", style="dim")
+            self.line("".join(f"{name:>{widths.get(name, 15)}}" for name in cells), style="dim")
+        self.line("".join(f"{cell:>{widths.get(name, 15)}}" for name, cell in cells.items()))
 
     def finished(
         self,

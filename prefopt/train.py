@@ -209,7 +209,7 @@ def _look_before(run: Run) -> dict[str, Any] | None:
             run.reference_samples = reference_samples(run.evaluator, run.folder / REFERENCE_SAMPLES)
         run.screen.reference_samples(run.reference_samples, run.recipe.eval.show)
         if run.state.step in (0, run.total):
-            _evaluate(run, samples=run.state.step == run.total)
+            _evaluate(run)
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
@@ -239,7 +239,7 @@ def _loop(run: Run) -> None:
             run.seconds += time.perf_counter() - began
             advance(run.last_loss)
             if is_due(step, recipe.eval.every, total) or step == total:
-                _evaluate(run, samples=True)
+                _evaluate(run)
             if is_due(step, recipe.checkpoint.every, total) or step == total or run.stopping:
                 _save(run)
             if run.stopping and step < total:
@@ -317,13 +317,13 @@ def _not_finite(run: Run, given: str) -> ModelError:
     )
 
 
-def _evaluate(run: Run, *, samples: bool) -> None:
+def _evaluate(run: Run) -> None:
     """Measure the policy on held-out data, log it and show it."""
     evaluator = run.evaluator
     if evaluator is None:
         return
     measures = evaluate_comparisons(evaluator, run.scorer)
-    if samples and evaluator.prompts:
+    if evaluator.prompts:
         run.samples = write_samples(evaluator, run.scorer)
         measures |= evaluate_samples(evaluator, run.scorer, run.samples)
         if "gold_reward" in measures:
