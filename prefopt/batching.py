@@ -11,6 +11,7 @@ of C scored tokens adds C - 1 computed tokens, a group P + sum(C_k - 1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -266,7 +267,11 @@ class StepPlanner:
         """Optimizer steps of a run."""
         if max_steps is not None:
             return max_steps
-        return max(1, int(np.ceil(round((epochs or 0) * self.comparisons) / self.batch_size)))
+        return math.ceil(self.comparisons_in(epochs or 0) / self.batch_size)
+
+    def comparisons_in(self, epochs: float) -> int:
+        """Comparisons in a number of epochs, at least one."""
+        return max(1, round(epochs * self.comparisons))
 
     def step(self, number: int, *, last_comparison: int | None = None) -> Step:
         """Plan step ``number`` (from 0); ``last_comparison`` ends the stream there (a shorter last step)."""

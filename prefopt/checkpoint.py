@@ -10,11 +10,13 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -25,8 +27,16 @@ from prefopt.errors import ModelError, Problem
 class TrainState:
     """What a run needs besides tensors to go on."""
 
-    step: int
+    step: int = 0
     """Optimizer steps done."""
+    comparisons: int = 0
+    """Comparisons trained on."""
+    tokens: int = 0
+    """Tokens computed for them, the reference's not counted."""
+    seconds: float = 0.0
+    """Time in optimizer steps."""
+    loss: float | None = None
+    """Mean loss of the last log."""
     best: tuple[float, int] | None = None
     """Best value of `checkpoint.best` so far, and its step."""
 
@@ -54,19 +64,20 @@ def save_checkpoint(
     target = run / "checkpoints" / f"step-{state.step:08d}"
     partial = target.with_name(f".{target.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left_behind in target.parent.glob(".step-*.partial"):  # by a kill
+            shutil.rmtree(left_behind, ignore_errors=True)
         partial.mkdir(parents=True)
         weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
         save_file(weights, partial / "trainable.safetensors")
         torch.save(optimizer.state_dict(), partial / "optimizer.pt")
         torch.save(_random_state(), partial / "random.pt")
-        content = {"step": state.step, "best": state.best, "resolved": dict(resolved)}
+        content = {**asdict(state), "resolved": dict(resolved)}
         (partial / "state.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
         for file in partial.iterdir():
             _flush(file)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ModelError(
             Problem(f"checkpoint {target}", "room to write a checkpoint", str(error).splitlines()[0],
@@ -84,9 +95,13 @@ def latest_state(run: Path) -> tuple[Path, TrainState, dict[str, Any]] | None:
     folders = checkpoint_folders(run)
     if not folders:
         return None
-    content = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8"))
-    best = tuple(content["best"]) if content["best"] else None
-    return folders[-1], TrainState(content["step"], best), content["resolved"]
+    try:
+        content = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8"))
+        resolved = content.pop("resolved")
+        best = content.pop("best")
+        return folders[-1], TrainState(**content, best=tuple(best) if best else None), resolved
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folders[-1], error) from error
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -95,7 +110,12 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     Raises:
         ModelError: the checkpoint's weights are not those of this model.
     """
-    weights = load_file(folder / "trainable.safetensors")
+    try:
+        weights = load_file(folder / "trainable.safetensors")
+        moments = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        random = torch.load(folder / "random.pt", weights_only=True)
+    except (OSError, RuntimeError, SafetensorError, EOFError, UnpicklingError) as error:
+        raise _damaged(folder, error) from error
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if own.keys() != weights.keys():
         raise ModelError(
@@ -106,11 +126,17 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
-    random = torch.load(folder / "random.pt", weights_only=True)
+    optimizer.load_state_dict(moments)
     torch.set_rng_state(random["cpu"])
     if torch.cuda.is_available() and random["cuda"]:
         torch.cuda.set_rng_state_all(random["cuda"])
+
+
+def _damaged(folder: Path, error: Exception) -> ModelError:
+    return ModelError(
+        Problem(f"checkpoint {folder}", "a checkpoint that reads back", str(error).splitlines()[0][:200],
+                f"remove {folder}: the same command then goes on from the checkpoint before it")
+    )  # fmt: skip
 
 
 def _random_state() -> dict[str, Any]:

@@ -67,6 +67,21 @@ def make_evaluator(prepared: Prepared, reference: RunReference, *, token_budget:
     )
 
 
+def measure(
+    evaluator: Evaluator, policy: Scorer, reference_wrote: Sequence[Sample]
+) -> tuple[dict[str, Any], list[Sample]]:
+    """Everything that is measured of a policy on held-out data, and what it wrote for it."""
+    measures = evaluate_comparisons(evaluator, policy)
+    if not evaluator.prompts:
+        return measures, []
+    samples = write_samples(evaluator, policy)
+    measures |= evaluate_samples(evaluator, policy, samples)
+    if "gold_reward" in measures:
+        gold = {"reference": mean_gold_reward(reference_wrote), "policy": measures["gold_reward"]}
+        measures["gold_reward"] = gold
+    return measures, samples
+
+
 def evaluate_comparisons(evaluator: Evaluator, policy: Scorer) -> dict[str, Any]:
     """Loss, accuracy, margin and drift of the policy on the held-out comparisons.
 
@@ -131,9 +146,21 @@ def _judged(evaluator: Evaluator, group: PromptGroup) -> Sample:
     prompt = tokenizer.decode(group.prompt, skip_special_tokens=True)
     ids = group.completions[0]
     completion = tokenizer.decode(ids, skip_special_tokens=True)
-    reward = None if evaluator.gold_reward is None else float(evaluator.gold_reward(prompt, completion))
     finished = bool(len(ids)) and int(ids[-1]) == tokenizer.eos_token_id
-    return Sample(prompt, completion, len(ids), finished, reward, group)
+    return Sample(prompt, completion, len(ids), finished, _gold(evaluator, prompt, completion), group)
+
+
+def _gold(evaluator: Evaluator, prompt: str, completion: str) -> float | None:
+    if evaluator.gold_reward is None:
+        return None
+    try:
+        return float(evaluator.gold_reward(prompt, completion))
+    except Exception as error:  # somebody's own function: it raises what it likes
+        raise RecipeError(
+            Problem("eval.gold_reward", "a number for every (prompt, completion)",
+                    f"{type(error).__name__}: {error} for the prompt {prompt[:60]!r}",
+                    f"correct the function {evaluator.settings.gold_reward}")
+        ) from error  # fmt: skip
 
 
 def evaluate_samples(evaluator: Evaluator, policy: Scorer, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -208,7 +235,7 @@ def load_gold_reward(name: str | None) -> GoldReward | None:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # importing runs somebody's module
         raise RecipeError(
             Problem("eval.gold_reward", "sandbox, or module:function of (prompt, completion)", f"{name}: {error}",
                     "put the module on PYTHONPATH and check the function's name")

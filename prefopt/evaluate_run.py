@@ -8,23 +8,15 @@ from typing import Any
 from rich.console import Console
 
 from prefopt.errors import DataError, ModelError, Problem
-from prefopt.evaluate import (
-    evaluate_comparisons,
-    evaluate_samples,
-    make_evaluator,
-    mean_gold_reward,
-    reference_samples,
-    write_samples,
-)
+from prefopt.evaluate import make_evaluator, measure, reference_samples
 from prefopt.forward import Scorer
 from prefopt.layout import probe_group, settle_layout
 from prefopt.models import ModelSource, default_device, load_model
 from prefopt.prepare import policy_source, prepare, resolve_token_budget
 from prefopt.recipe import Recipe, load_recipe
 from prefopt.reference.running import open_reference
-from prefopt.run_folder import RECIPE, write_json
+from prefopt.run_folder import RECIPE, REFERENCE_SAMPLES, write_json
 from prefopt.screen import Screen
-from prefopt.train import REFERENCE_SAMPLES
 
 
 def evaluate_run(folder: Path, console: Console) -> dict[str, Any]:
@@ -49,15 +41,9 @@ def evaluate_run(folder: Path, console: Console) -> dict[str, Any]:
         raise DataError(
             Problem("data.eval", "held-out data", "none: eval_fraction is 0", "set data.eval in the recipe")
         )
-    measures = evaluate_comparisons(evaluator, policy)
-    if evaluator.prompts:
-        before = reference_samples(evaluator, folder / REFERENCE_SAMPLES)
-        samples = write_samples(evaluator, policy)
-        measures |= evaluate_samples(evaluator, policy, samples)
-        if "gold_reward" in measures:
-            gold = {"reference": mean_gold_reward(before), "policy": measures["gold_reward"]}
-            measures["gold_reward"] = gold
-        Screen(console).side_by_side(before, samples, recipe.eval.show)
+    before = reference_samples(evaluator, folder / REFERENCE_SAMPLES)
+    measures, samples = measure(evaluator, policy, before)
+    Screen(console).side_by_side(before, samples, recipe.eval.show)
     write_json(folder / "evaluation.json", measures)
     return measures
 

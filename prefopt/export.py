@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from transformers import AutoConfig
+
 from prefopt.errors import ModelError, Problem
 from prefopt.models import DTYPES, ModelSource, load_model, load_tokenizer, quiet_transformers
-from prefopt.prepare import with_sandbox
+from prefopt.prepare import policy_source, with_sandbox
 from prefopt.recipe import Recipe, load_recipe
 from prefopt.run_folder import RECIPE
 
@@ -34,7 +37,7 @@ def export_run(
     if recipe.adapter is not None:
         merge_adapter(recipe, model_folder, target, dtype=dtype)
     else:
-        source = ModelSource(str(model_folder), dtype=DTYPES[dtype or "float32"])
+        source = ModelSource(str(model_folder), dtype=DTYPES[dtype or _saved_dtype(model_folder)])
         model = load_model(source)
         with quiet_transformers():
             model.save_pretrained(target)
@@ -52,6 +55,10 @@ def export_run(
     return target
 
 
+def _saved_dtype(folder: Path) -> str:
+    return str(AutoConfig.from_pretrained(folder).dtype or torch.float32).removeprefix("torch.")
+
+
 def merge_adapter(recipe: Recipe, adapter: Path, target: Path, *, dtype: str | None) -> None:
     """Merge an adapter into the unquantized base model and save the result with its tokenizer.
 
@@ -59,7 +66,8 @@ def merge_adapter(recipe: Recipe, adapter: Path, target: Path, *, dtype: str | N
     """
     from peft import PeftModel
 
-    base = load_model(ModelSource(recipe.model.path, recipe.model.revision, DTYPES[dtype or "float32"]))
+    trained_in = policy_source(recipe).dtype
+    base = load_model(ModelSource(recipe.model.path, recipe.model.revision, DTYPES[dtype] if dtype else trained_in))
     with quiet_transformers():
         PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().save_pretrained(target)
     load_tokenizer(ModelSource(str(adapter))).save_pretrained(target)

@@ -86,7 +86,8 @@ def check_step_zero(recipe: Recipe, found: StepZero) -> str:
         ModelError: the reference cannot be the one the recipe names, or its error exceeds the recipe's limit.
     """
     largest = f"largest log-ratio {found.max_abs_error:.2g} nats, largest margin {found.max_margin_error:.2g} nats"
-    if recipe.reference.model is not None:
+    same = recipe.reference.model in (None, recipe.model.path)
+    if not same:
         return f"another model is the reference; {largest}"
     if recipe.reference.quantization == recipe.model.quantization:
         limit = TOLERANCE[compute_dtype(recipe.train.precision)]
@@ -102,12 +103,14 @@ def check_step_zero(recipe: Recipe, found: StepZero) -> str:
             )
         return f"policy equals reference ({largest})"
     allowed = recipe.reference.max_margin_error
-    if allowed is not None and not found.max_margin_error <= allowed:
+    # Unpaired data have no margins; a completion's own error is then what the limit bounds.
+    error = found.max_margin_error if len(found.margins) else found.max_abs_error
+    if allowed is not None and not error <= allowed:
         raise ModelError(
             Problem(
                 "reference.max_margin_error",
                 f"margins within {allowed:g} nats of full precision",
-                f"{found.max_margin_error:.3g} nats with {recipe.reference.quantization}",
+                f"{error:.3g} nats with {recipe.reference.quantization}",
                 "use int8 or no quantization for the reference, or raise the limit knowingly",
             )
         )

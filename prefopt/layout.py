@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -67,10 +66,15 @@ def choose_layout(
     was_training = scorer.training
     scorer.eval()
     expected = plain_logps(model, group)
+    if not bool(expected.isfinite().all()):
+        raise ModelError(
+            Problem("model", "finite log-probs", f"the untouched model gives {expected.tolist()}",
+                    "its weights hold NaN or infinities, or its dtype overflows: load it in another model.dtype")
+        )  # fmt: skip
     batch = make_batch([group]).to(device)
     tokens = max(len(completion) for completion in group.completions)
     limit = TOLERANCE[dtype] * tokens**0.5
-    reason = "asked for by model.attention"
+    reason = "as model.attention or dropout asks"
     try:
         if wanted != "unshared":
             difference, reason = _shared_difference(scorer, batch, expected)
@@ -117,7 +121,9 @@ def _shared_difference(scorer: Scorer, batch: RaggedBatch, expected: Tensor) -> 
 
 def settle_layout(scorer: Scorer, recipe: Recipe, probe: PromptGroup) -> LayoutChoice:
     """Choose the layout for a model under a recipe, by the start-up comparison."""
-    wanted = "unshared" if recipe.train.dropout else recipe.model.attention
+    # A shared prompt would share its dropout mask between completions.
+    drops = recipe.train.dropout or (recipe.adapter is not None and recipe.adapter.dropout > 0)
+    wanted = "unshared" if drops else recipe.model.attention
     held_in = next(scorer.parameters()).dtype
     dtype = held_in if held_in in (torch.float16, torch.bfloat16) else compute_dtype("fp32")
     if recipe.model.quantization != "none" or recipe.reference.quantization != "none":
@@ -126,13 +132,12 @@ def settle_layout(scorer: Scorer, recipe: Recipe, probe: PromptGroup) -> LayoutC
 
 
 def probe_group(dataset: GroupDataset) -> PromptGroup:
-    """Return a short group of at least `PROBE_TOKENS` tokens and, where there is one, two completions."""
-    sizes = np.array(
-        [
-            int(dataset.prompt_lengths[i]) + int(dataset.completion_lengths(i).sum())
-            for i in range(min(64, len(dataset)))
-        ]
-    )
-    long_enough = np.flatnonzero(sizes >= PROBE_TOKENS)
-    pick = long_enough[np.argmin(sizes[long_enough])] if len(long_enough) else np.argmax(sizes)
-    return dataset[int(pick)]
+    """Return a short group of at least `PROBE_TOKENS` tokens with two completions, as far as there is one."""
+
+    def merit(index: int) -> tuple[bool, bool, int]:
+        lengths = dataset.completion_lengths(index)
+        size = int(dataset.prompt_lengths[index]) + int(lengths.sum())
+        enough = size >= PROBE_TOKENS
+        return len(lengths) > 1, enough, -size if enough else size
+
+    return dataset[max(range(min(64, len(dataset))), key=merit)]

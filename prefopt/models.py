@@ -7,6 +7,7 @@ masters unless the recipe says otherwise; frozen quantized weights go through bi
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,13 +135,26 @@ def load_tokenizer(source: ModelSource) -> Any:
         raise ModelError(_load_problem(source, "tokenizer", error)) from error
 
 
+def load_config(source: ModelSource) -> Any:
+    """Load a model's configuration.
+
+    Raises:
+        ModelError: there is none, or transformers does not know it.
+    """
+    check_source(source)
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(_name(source), revision=source.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_load_problem(source, "configuration", error)) from error
+
+
 def load_model(source: ModelSource, device: torch.device | None = None) -> PreTrainedModel:
     """Load a causal language model onto the device, in eval mode.
 
     Raises:
         ModelError: it cannot be loaded as a causal language model.
     """
-    check_source(source)
     device = device or default_device()
     arguments: dict[str, Any] = {"dtype": source.dtype, "revision": source.revision}
     settings = quantization_settings(source.quantization, source.compute)
@@ -153,15 +167,37 @@ def load_model(source: ModelSource, device: torch.device | None = None) -> PreTr
             "device_map": {"": device},
             "dtype": source.compute,
         }
+    config = load_config(source)
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(_name(source), revision=source.revision)
-            model = AutoModelForCausalLM.from_pretrained(_name(source), config=config, **arguments)
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                _name(source), config=config, output_loading_info=True, **arguments
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(_load_problem(source, "causal language model", error)) from error
+    _refuse_made_up_weights(source, loading)
     if source.quantization in ("nf4", "fp4"):
         _choose_cpu_path(model, source.compute)
     return (model if settings else model.to(device)).eval()
+
+
+def _refuse_made_up_weights(source: ModelSource, loading: dict[str, Any]) -> None:
+    """Raise ModelError where transformers filled weights with random numbers because the files lack them."""
+    missing = sorted(map(str, loading.get("missing_keys", ())))
+    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in loading.get("mismatched_keys", ()))
+    problems = [
+        Problem(source.key, "every weight of the model in its files",
+                f"{source.path} {what} {len(names)}: {_some(names)}",
+                "save the whole model again; random numbers in their place would be trained on")
+        for what, names in (("lacks", missing), ("has in other shapes", mismatched))
+        if names
+    ]  # fmt: skip
+    if problems:
+        raise ModelError(problems)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _choose_cpu_path(model: nn.Module, compute: torch.dtype) -> None:
@@ -197,6 +233,8 @@ def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, dropout: float,
     Raises:
         ModelError: a target names no module of the model.
     """
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        import_bitsandbytes()  # before peft does, which would look for the hub kernel
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if getattr(model, "is_quantized", False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from prefopt.batching import StepPlanner
+from prefopt.evaluate import load_gold_reward
 from prefopt.invariant import check_step_zero, step_zero
 from prefopt.layout import probe_group
 from prefopt.models import default_device
@@ -13,6 +13,7 @@ from prefopt.prepare import prepare, reference_source, resolve_token_budget
 from prefopt.recipe import Recipe
 from prefopt.reference.opening import reference_in_memory
 from prefopt.reference.source import OnlineLogps
+from prefopt.run import make_planner, refuse_misfits
 from prefopt.run_folder import conventions
 from prefopt.screen import Screen
 
@@ -35,14 +36,10 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     screen.data(prepared)
     budget = resolve_token_budget(recipe.train.token_budget, default_device())
     dataset = prepared.data.train
-    planner = StepPlanner(
-        dataset,
-        batch_size=recipe.train.batch_size,
-        token_budget=budget,
-        seed=recipe.seed,
-        rejected=prepared.loss.needs.rejected or not dataset.paired,
-    )
+    load_gold_reward(recipe.eval.gold_reward)
+    planner = make_planner(prepared, token_budget=budget)
     total = planner.total_steps(epochs=recipe.train.epochs, max_steps=recipe.train.max_steps)
+    refuse_misfits(recipe, prepared, total)
     first = planner.step(0)
     screen.named(
         "step",
@@ -51,7 +48,7 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     )
     few = dataset.select(range(min(CHECKED_GROUPS, len(dataset))))
     policy = load_policy(recipe, probe_group(dataset), token_budget=budget)
-    screen.plan(policy, {"token_budget": budget, "device": str(default_device())}, total, 0)
+    screen.plan(policy, {"token_budget": budget, "device": str(default_device())}, total, 0, recipe.train.precision)
     with reference_in_memory(reference_source(recipe), recipe, probe_group(dataset)) as reference:
         online = OnlineLogps(reference, precision=recipe.train.precision)
         zero = step_zero(policy.scorer, few, online, precision=recipe.train.precision)

@@ -3,126 +3,109 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from prefopt.attention import attention
 from prefopt.card import model_card
+from prefopt.errors import ModelError, Problem
 from prefopt.export import merge_adapter
 from prefopt.forward import Scorer, plain_attention
 from prefopt.models import quiet_transformers
-from prefopt.policy import Policy
-from prefopt.prepare import Prepared
-from prefopt.recipe import Recipe
-from prefopt.reference.running import RunReference
+from prefopt.run import Run
 from prefopt.run_folder import RESULT, SAMPLES, conventions, write_json, write_lines, write_text
-from prefopt.sampling import Sample
-from prefopt.screen import Screen
 
 
-@dataclass(frozen=True)
-class Finish:
-    """What the loop hands over when it is done."""
+def finish_run(run: Run, *, step_zero: dict[str, Any] | None, peak_memory: int) -> dict[str, Any]:
+    """Write everything that outlives the process; `result.json` last, for it says that the run has finished.
 
-    recipe: Recipe
-    folder: Path
-    prepared: Prepared
-    policy: Policy
-    reference: RunReference
-    steps: int
-    resolved: dict[str, Any]
-    step_zero: dict[str, Any] | None
-    evaluation: dict[str, Any]
-    samples: Sequence[Sample]
-    reference_samples: Sequence[Sample]
-    final_loss: float
-    comparisons: int
-    """Comparisons trained on since this process started; so are the next three."""
-    tokens: int
-    seconds: float
-    peak_memory: int
-    writes: bool = True
-    """False in every process but the first."""
+    Args:
+        run: at its end.
+        step_zero: the figures of the step-0 comparison.
+        peak_memory: bytes.
 
-
-def finish_run(finish: Finish, screen: Screen) -> dict[str, Any]:
-    """Write everything that outlives the process; `result.json` last, for it says that the run has finished."""
-    result = result_content(finish)
-    if not finish.writes:
-        return result
-    save_model(finish, result)
-    write_lines(finish.folder / SAMPLES, _side_by_side(finish))
-    write_json(finish.folder / RESULT, result)
-    screen.finished(finish.folder, result, finish.samples, finish.reference_samples, finish.recipe.eval.show)
+    Returns:
+        The content of ``result.json``.
+    """
+    result = result_content(run, step_zero, peak_memory)
+    if run.accelerator.is_main_process:
+        save_model(run, result)
+        write_lines(run.folder / SAMPLES, _side_by_side(run))
+        write_json(run.folder / RESULT, result)
+    run.accelerator.wait_for_everyone()
+    run.screen.finished(run.folder, result, run.samples, run.reference_samples, run.recipe.eval.show)
     return result
 
 
-def result_content(finish: Finish) -> dict[str, Any]:
+def result_content(run: Run, step_zero: dict[str, Any] | None, peak_memory: int) -> dict[str, Any]:
     """Return the content of `result.json`, in the types that JSON gives back."""
-    loss = finish.prepared.loss
+    loss, state = run.prepared.loss, run.state
     content = {
         "status": "finished",
-        "steps": finish.steps,
+        "steps": state.step,
         "loss": {"name": loss.name, **loss.hyperparameters},
         "conventions": conventions(loss),
         "train": {
-            "loss": finish.final_loss,
-            "comparisons": finish.comparisons,
-            "pairs_per_second": finish.comparisons / finish.seconds if finish.seconds else None,
-            "computed_tokens_per_second": finish.tokens / finish.seconds if finish.seconds else None,
-            "seconds": finish.seconds,
-            "peak_memory_bytes": finish.peak_memory,
-            "trainable_parameters": finish.policy.trainable,
-            **finish.resolved,
+            "loss": state.loss,
+            "comparisons": state.comparisons,
+            "pairs_per_second": state.comparisons / state.seconds if state.seconds else None,
+            "computed_tokens_per_second": state.tokens / state.seconds if state.seconds else None,
+            "seconds": state.seconds,
+            "peak_memory_bytes": peak_memory,
+            "trainable_parameters": run.policy.trainable,
+            **run.resolved,
         },
-        "eval": finish.evaluation,
-        "reference": _reference_part(finish),
-        "data": finish.prepared.data.report.as_dict(),
-        "seed": finish.recipe.seed,
+        "eval": run.evaluation,
+        "reference": _reference_part(run, step_zero),
+        "data": run.prepared.data.report.as_dict(),
+        "seed": run.recipe.seed,
+        "best": None if state.best is None else {"value": state.best[0], "step": state.best[1]},
     }
     return json.loads(json.dumps(content))
 
 
-def _reference_part(finish: Finish) -> dict[str, Any]:
-    reference, report, zero = finish.reference, finish.reference.report, finish.step_zero
+def _reference_part(run: Run, step_zero: dict[str, Any] | None) -> dict[str, Any]:
+    reference, report = run.reference, run.reference.report
+    compared = step_zero if run.recipe.reference.model is None else None
     return {
-        "model": reference.source.path,
+        "model": run.recipe.reference.model or run.recipe.model.path,
         "fingerprint": reference.identity.fingerprint if reference.identity else None,
-        "quantization": finish.prepared.recipe.reference.quantization,
-        "cache": finish.recipe.reference.cache,
+        "quantization": run.recipe.reference.quantization,
+        "cache": run.recipe.reference.cache,
         "cache_hits": report.hits,
         "cache_misses": report.misses,
         "tokens_scored": report.tokens if reference.online is None else reference.online.tokens,
         "seconds": report.seconds,
-        "max_abs_error": zero["max_abs_error"] if zero and not finish.recipe.reference.model else None,
-        "max_margin_error": zero["max_margin_error"] if zero and not finish.recipe.reference.model else None,
+        "max_abs_error": compared["max_abs_error"] if compared else None,
+        "max_margin_error": compared["max_margin_error"] if compared else None,
     }
 
 
-def save_model(finish: Finish, result: dict[str, Any]) -> None:
+def save_model(run: Run, result: dict[str, Any]) -> None:
     """Save the policy so that plain `from_pretrained` loads it: weights or adapter, tokenizer, card."""
-    folder = finish.folder / "model"
-    save_policy(finish.policy.scorer, folder)
-    finish.prepared.tokenizer.save_pretrained(folder)
-    write_text(folder / "README.md", model_card(finish.recipe, result))
-    if finish.recipe.adapter is not None and finish.recipe.adapter.merge:
-        merge_adapter(finish.prepared.recipe, folder, finish.folder / "model-merged", dtype=None)
+    folder = run.folder / "model"
+    try:
+        save_policy(run.scorer, folder)
+        run.prepared.tokenizer.save_pretrained(folder)
+        write_text(folder / "README.md", model_card(run.recipe, result))
+        if run.recipe.adapter is not None and run.recipe.adapter.merge:
+            merge_adapter(run.prepared.recipe, folder, run.folder / "model-merged", dtype=None)
+    except SafetensorError as error:
+        raise ModelError(
+            Problem(str(folder), "room to write the model", str(error).splitlines()[0],
+                    "free space and run the same command again: it goes on from the last checkpoint")
+        ) from error  # fmt: skip
 
 
 def save_policy(scorer: Scorer, folder: Path) -> None:
     """Save the model or its adapter, with its own attention in its config."""
-    model = scorer.language_model
-    before = model.config._attn_implementation
-    model.set_attn_implementation(plain_attention(model))
-    try:
-        with quiet_transformers():
-            scorer.model.save_pretrained(folder)
-    finally:
-        model.set_attn_implementation(before)
+    with quiet_transformers(), attention(scorer.language_model, plain_attention(scorer.language_model)):
+        scorer.model.save_pretrained(folder)
 
 
-def _side_by_side(finish: Finish) -> list[dict[str, Any]]:
+def _side_by_side(run: Run) -> list[dict[str, Any]]:
     """One row per prompt: what the reference wrote and what the policy writes."""
     return [
         {
@@ -131,5 +114,5 @@ def _side_by_side(finish: Finish) -> list[dict[str, Any]]:
             "policy": after.completion,
             "gold_reward": {"reference": before.gold_reward, "policy": after.gold_reward},
         }
-        for before, after in zip(finish.reference_samples, finish.samples)
+        for before, after in zip(run.reference_samples, run.samples)
     ]

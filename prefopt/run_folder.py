@@ -11,6 +11,7 @@ checkpoints/      what a resumed run goes on from
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -18,21 +19,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from prefopt.errors import Problem, RecipeError
 from prefopt.recipe import Recipe, load_recipe
+from prefopt.reference.identity import file_hashes
 from prefopt_losses import Loss
 
 RECIPE, RESULT, SAMPLES = "recipe.yaml", "result.json", "samples.jsonl"
+STEP_ZERO, REFERENCE_SAMPLES = "step_zero.json", "reference_samples.jsonl"
+INPUTS, LOCK = "inputs.json", ".lock"
 
-_FREE_TO_CHANGE = ("tracking", "checkpoint", "output")
-"""Sections that change nothing of what a run computes: a run may be resumed under others."""
+_FREE_TO_CHANGE = ("tracking.", "checkpoint.", "output", "eval.show", "data.processes")
+"""Keys that change nothing of what a run computes: a run may be resumed under others."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFolder:
     """Where a run lives, and what stood there already."""
 
@@ -41,54 +45,97 @@ class RunFolder:
     """Why it is this folder, where that needs saying."""
     result: dict[str, Any] | None
     """The result of the same recipe, where it has finished before."""
+    _lock: IO[str] | None = None
+
+    def release(self) -> None:
+        """Let other processes use the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
-def claim_folder(recipe: Recipe) -> RunFolder:
-    """Find the folder of a run: the recipe's own where it is free or holds the same recipe.
+def claim_folder(recipe: Recipe, *, lock: bool = True) -> RunFolder:
+    """Find the folder of a run: the recipe's own where it is free or holds the same run, and lock it.
 
-    A folder that follows the default pattern moves on to `-2`, `-3`, ... when it holds another recipe, and says
-    so; a folder that the recipe names itself does not.
+    The same run: equal recipes (but for keys that change no number) on files of equal content. A folder that follows
+    the default pattern moves on to `-2`, `-3`, ... when it holds another run, and says so; a folder that the recipe
+    names itself does not. A run that failed before its first step holds nothing.
 
     Raises:
-        RecipeError: the named folder holds another run, or cannot be written.
+        RecipeError: the named folder holds another run, is in use, or cannot be written.
     """
     wanted = recipe.output_folder()
+    inputs = input_hashes(recipe)
     for number in range(1, 1000):
         path = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-        differing = _differing_keys(path, recipe)
-        if differing is None or not differing:
+        differing = _differences(path, recipe, inputs)
+        if not differing:
             break
         if "{recipe}" not in recipe.output:
             raise RecipeError(
-                Problem("output", "a new folder, or one of the same recipe",
+                Problem("output", "a new folder, or one of the same run",
                         f"{path} holds a run with other {', '.join(differing[:6])}",
                         f"choose another output=FOLDER, or remove {path}")
             )  # fmt: skip
     note = "" if path == wanted else f"{wanted} holds another run; this one goes to {path}"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not (path / RECIPE).exists():
+        held = _locked(path) if lock else None
+        result = _finished(path)
+        if lock and result is None:
             write_text(path / RECIPE, recipe_text(recipe))
+            write_json(path / INPUTS, inputs)
     except OSError as error:
         raise RecipeError(
-            Problem(
-                "output",
-                "a folder that can be written",
-                f"{path}: {error.strerror or error}",
-                "output=FOLDER",
-            )
+            Problem("output", "a folder that can be written", f"{path}: {error.strerror or error}", "output=FOLDER")
         ) from error
-    return RunFolder(path, note, _finished(path))
+    return RunFolder(path, note, result, held)
 
 
-def _differing_keys(path: Path, recipe: Recipe) -> list[str] | None:
-    """Dotted keys in which the folder's recipe differs; None where it holds no run; [RECIPE] where unreadable."""
+def _locked(path: Path) -> IO[str]:
+    """Open the folder's lock file and hold it; the system lets go when the process ends."""
+    stream = (path / LOCK).open("w", encoding="utf-8")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.close()
+        raise RecipeError(
+            Problem("output", "a run folder that no other process is using", str(path),
+                    "wait for the other run, or choose another output=FOLDER")
+        ) from error  # fmt: skip
+    except OSError:
+        pass  # a file system without locks
+    return stream
+
+
+def input_hashes(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of every local file that a recipe reads: data, model and reference weights, by path."""
+    sources = [recipe.data.train, recipe.data.eval]
+    listed = [[source] if isinstance(source, str) else source for source in sources if source is not None]
+    written = [one if isinstance(one, str) else one.path for group in listed for one in group]
+    written += [recipe.model.path, *([recipe.reference.model] if recipe.reference.model else [])]
+    files: list[Path] = []
+    for text in dict.fromkeys(written):
+        path = Path(text).expanduser()
+        files += sorted(child for child in path.rglob("*") if child.is_file()) if path.is_dir() else [path]
+    files = [file for file in files if file.is_file()]
+    return dict(zip(map(str, files), file_hashes(files)))
+
+
+def _differences(path: Path, recipe: Recipe, inputs: Mapping[str, str]) -> list[str]:
+    """Dotted keys and files in which the folder's run differs; none where it is free or the same."""
+    if not path.exists() or not any(path.iterdir()):
+        return []
     if not (path / RECIPE).is_file():
-        return None if not path.exists() or not any(path.iterdir()) else [f"content (no {RECIPE})"]
+        return [f"content (no {RECIPE})"]
+    if not any((path / name).exists() for name in (RESULT, "metrics.jsonl", "checkpoints")):
+        return []
     there = _flat(load_recipe(str(path / RECIPE), check_files=False).to_mapping())
     here = _flat(recipe.to_mapping())
-    keys = sorted(there.keys() | here.keys())
-    return [key for key in keys if there.get(key) != here.get(key) and key.split(".")[0] not in _FREE_TO_CHANGE]
+    keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    before = json.loads((path / INPUTS).read_text(encoding="utf-8")) if (path / INPUTS).is_file() else {}
+    changed = [f"content of {file}" for file in before if file in inputs and before[file] != inputs[file]]
+    return [key for key in keys if not key.startswith(_FREE_TO_CHANGE)] + changed
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

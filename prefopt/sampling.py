@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import GenerationConfig, PreTrainedModel
 
 from prefopt.attention import attention
 from prefopt.data.groups import GroupDataset, PromptGroup
@@ -111,21 +113,32 @@ def _continue(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.from_numpy(prompt)
         mask[row, longest - len(prompt) :] = 1
-    written = scorer.model.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
+    plain = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=True,
         temperature=temperature,
         top_k=0,
         top_p=1.0,
-        repetition_penalty=1.0,
-        num_beams=1,
         pad_token_id=filler,
         eos_token_id=end,
     )
+    with _own_generation_settings(scorer.language_model, plain):
+        written = scorer.language_model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=plain
+        )
     completions = written[:, longest:].cpu().numpy()
     return [PromptGroup(prompt, (_until_end(completion, end),), ()) for prompt, completion in zip(prompts, completions)]
+
+
+@contextmanager
+def _own_generation_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Keep the model's generation_config (min_p, penalties, ...) from being merged into ours."""
+    before = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def _until_end(ids: np.ndarray, end: int | None) -> np.ndarray:

@@ -91,7 +91,7 @@ class Screen:
             said += f" ({report.tokens:,} tokens in {report.seconds:.1f} s)"
         self.named("reference", said + held)
 
-    def plan(self, policy: Policy, resolved: Mapping[str, Any], total: int, start: int) -> None:
+    def plan(self, policy: Policy, resolved: Mapping[str, Any], total: int, start: int, precision: str) -> None:
         """Say what is trained and how."""
         share = "" if policy.trainable == policy.total else f" of {policy.total / 1e6:,.1f} M"
         self.named(
@@ -106,6 +106,12 @@ class Screen:
             f"{steps}, {resolved['token_budget']:,} computed tokens per micro-batch on {resolved['device']}"
             f"{checkpointing}",
         )
+        if precision == "bf16-pure":
+            self.line(
+                "bf16-pure: weights are held in 16 bit, and an update below 1/256 of a weight is lost; at learning "
+                "rates around 1e-6 that is nearly every update (train.precision=bf16 keeps 32-bit masters)",
+                style="yellow",
+            )
 
     def reference_samples(self, samples: Sequence[Sample], show: int) -> None:
         """Show what the reference writes, before training."""
@@ -145,7 +151,9 @@ class Screen:
         widths = {"step": 6, "loss": 8, "accuracy (95 %)": 22, "KL": 8}
         if not self._headed:
             self._headed = True
-            self.line("\nheld out: log-probs are nats per token against the reference, KL nats per completion", style="dim")
+            self.line(
+                "\nheld out: log-probs are nats per token against the reference, KL nats per completion", style="dim"
+            )
             self.line("".join(f"{name:>{widths.get(name, 15)}}" for name in cells), style="dim")
         self.line("".join(f"{cell:>{widths.get(name, 15)}}" for name, cell in cells.items()))
 

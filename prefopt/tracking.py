@@ -9,6 +9,7 @@ from typing import Any
 
 from prefopt.errors import Problem, RecipeError
 from prefopt.recipe import Recipe
+from prefopt.run_folder import write_lines
 
 Sink = Callable[[int, Mapping[str, float]], None]
 
@@ -81,14 +82,16 @@ class Tracker:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file; a line that a kill cut short is left out."""
+    """Return the lines of a metrics file; a line that a kill cut short, or that is no log, is left out."""
     lines = []
     if file.exists():
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
-                lines.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(row, dict) and "step" in row:
+                lines.append(row)
     return lines
 
 
@@ -96,4 +99,4 @@ def _drop_after(file: Path, step: int) -> None:
     if not file.exists():
         return
     kept = [line for line in read_metrics(file) if line["step"] <= step] if step >= 0 else []
-    file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    write_lines(file, kept)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
 
-from prefopt.errors import Interrupted, UserError
+from prefopt.errors import Interrupted, Problem, UserError
 
 EXTRA = frozenset(
     {
@@ -26,6 +27,12 @@ EXTRA = frozenset(
     }
 )
 """Top-level packages that the `train` extra installs."""
+
+
+OF_THE_MACHINE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG, errno.EIO}
+)
+"""Errors of the file system that a person can mend, wherever they strike."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,6 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from prefopt.cli.printing import show_problems
 
         show_problems(error)
+        return 2
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        from prefopt.cli.printing import show_problems
+
+        where = str(error.filename or "a file")
+        fix = "free space or check permissions, then run the same command again: what is complete is kept"
+        show_problems(UserError(Problem(where, "a place that can be written and read", error.strerror or "", fix)))
         return 2
     except (Interrupted, KeyboardInterrupt) as stop:
         print(str(stop) or "interrupted", file=sys.stderr)

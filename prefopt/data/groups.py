@@ -159,6 +159,21 @@ class GroupDataset:
         """Hash of tokens, structure and labels, 32 hex digits; paths and row numbers do not enter."""
         return self.layout.content_hash()
 
+    @cached_property
+    def largest_id(self) -> int:
+        """Largest token id of the table, read column by column."""
+        import pyarrow.compute as pc
+
+        chunks = self._table.data.table
+        largest = [pc.max(pc.list_flatten(chunks.column(name))).as_py() for name in ("prompt", "chosen", "rejected")]
+        return max((value for value in largest if value is not None), default=0)
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest prompt with one of its completions."""
+        counts = np.diff(self.layout.completion_offsets)
+        return int((np.repeat(self.layout.prompt_lengths, counts) + self.layout.completion_lengths).max())
+
     def completion_lengths(self, group: int) -> np.ndarray:
         """Return (completions,) the tokens of each completion of a group, without reading token ids."""
         return self._completions_of(self.layout.completion_lengths, group)

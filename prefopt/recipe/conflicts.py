@@ -30,6 +30,10 @@ def refuse_conflicts(recipe: Recipe) -> None:
         *_placeholders(recipe),
         *_best_checkpoint(recipe),
         *_revision_of_nothing(recipe),
+        *_weights_too_coarse_to_train(recipe),
+        *_margin_error_of_nothing(recipe),
+        *_shared_dropout(recipe),
+        *_nothing_to_reward(recipe),
     ]
     if conflicts:
         raise PydanticCustomError("conflicts", "keys that exclude each other", {"conflicts": conflicts})
@@ -102,3 +106,53 @@ def _revision_of_nothing(recipe: Recipe) -> Iterator[Conflict]:
             "set reference.model, or remove reference.revision",
         )
         yield Conflict(("reference.revision", "reference.model"), problem)
+
+
+def _weights_too_coarse_to_train(recipe: Recipe) -> Iterator[Conflict]:
+    """16-bit weights round small updates away: at a learning rate of 1e-6, 0.2 % of bf16 weights moved in six steps."""
+    dtype, precision = recipe.model.dtype, recipe.train.precision
+    wanted = {"fp32": "float32", "bf16": "float32", "bf16-pure": "bfloat16"}[precision]
+    if recipe.adapter is None and dtype not in ("auto", wanted):
+        problem = Problem(
+            "model.dtype",
+            f"auto or {wanted}: with train.precision={precision} all weights train in {wanted}",
+            dtype,
+            "use model.dtype=auto, or train.precision=bf16-pure for weights in 16 bit",
+        )
+        yield Conflict(("model.dtype", "train.precision", "adapter"), problem)
+
+
+def _margin_error_of_nothing(recipe: Recipe) -> Iterator[Conflict]:
+    reference = recipe.reference
+    if reference.max_margin_error is None:
+        return
+    given = ""
+    if reference.quantization == "none":
+        given = "the reference is not quantized"
+    elif not _reference_is_initial_policy(recipe):
+        given = f"the reference is {reference.model}, whose full precision the run never computes"
+    elif recipe.model.quantization == reference.quantization:
+        given = "policy and reference are quantized alike, so there is no error between them"
+    if given:
+        expected = "a quantized reference of the unquantized initial policy: its error is what the limit is about"
+        problem = Problem("reference.max_margin_error", expected, given, "remove reference.max_margin_error")
+        yield Conflict(("reference.max_margin_error", "reference.quantization", "reference.model"), problem)
+
+
+def _shared_dropout(recipe: Recipe) -> Iterator[Conflict]:
+    drops = recipe.train.dropout or (recipe.adapter is not None and recipe.adapter.dropout > 0)
+    if drops and recipe.model.attention == "shared":
+        problem = Problem(
+            "model.attention",
+            "auto or unshared: a shared prompt would share its dropout mask between completions",
+            "shared, with dropout",
+            "set model.attention=auto, or switch dropout off",
+        )
+        yield Conflict(("model.attention", "train.dropout", "adapter.dropout"), problem)
+
+
+def _nothing_to_reward(recipe: Recipe) -> Iterator[Conflict]:
+    if recipe.eval.gold_reward is not None and recipe.eval.samples == 0:
+        fix = "set eval.samples, or remove eval.gold_reward"
+        problem = Problem("eval.gold_reward", "samples to judge", "eval.samples is 0", fix)
+        yield Conflict(("eval.gold_reward", "eval.samples"), problem)

@@ -15,6 +15,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -96,6 +97,7 @@ class ReferenceCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not note.exists():
+                self._refuse_other_content(where)
                 content = {"fingerprint": self.identity.fingerprint, "identity": asdict(self.identity)}
                 _publish(self.folder, note, json.dumps(content, indent=2).encode())
             stored = json.loads(note.read_text(encoding="utf-8"))
@@ -121,6 +123,16 @@ class ReferenceCache:
                 )
             )
 
+    def _refuse_other_content(self, where: str) -> None:
+        """Raise CacheError where a folder without a note holds files: they are somebody's own."""
+        foreign = sorted(entry.name for entry in os.scandir(self.folder) if not entry.name.startswith("."))
+        if foreign and not (self.folder / "reference.json").exists():
+            raise CacheError(
+                Problem(where, "an empty or new folder, or a reference cache",
+                        f"{self.folder} holds {', '.join(foreign[:4])} and no reference.json",
+                        "choose another folder; nothing was written there")
+            )  # fmt: skip
+
     def refresh(self) -> None:
         """Read the index of shards that appeared since the last look."""
         fresh = sorted(set(self._shard_names()) - self._shards)
@@ -135,7 +147,9 @@ class ReferenceCache:
         self._shards.update(fresh)
 
     def _shard_names(self) -> list[str]:
-        return [entry.name for entry in os.scandir(self.folder) if entry.name.endswith(".parquet")]
+        return [
+            entry.name for entry in os.scandir(self.folder) if re.fullmatch(r"shard-[0-9a-f]+\.parquet", entry.name)
+        ]
 
     def lookup(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Look up completions.

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -96,7 +95,8 @@ def identify(source: ModelSource) -> ReferenceIdentity:
     if not files:
         raise ModelError(Problem(source.key, "a folder with model weights (*.safetensors)", str(folder),
                                  "save the model with save_pretrained"))  # fmt: skip
-    hashes = sorted(file_hashes(files))
+    # An adapter beside the weights is applied when they are loaded; its scaling is in its own config.
+    hashes = sorted(file_hashes([*files, *folder.glob("adapter_config.json")]))
     return ReferenceIdentity(
         weights=hashlib.sha256("".join(hashes).encode()).hexdigest(),
         config=hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest(),
@@ -133,7 +133,7 @@ def file_hashes(files: Sequence[Path], *, rehash: bool = False) -> list[str]:
     """
     memo_file = cache_root() / "hashes.json"
     memo = _read_memo(memo_file)
-    known = len(memo)
+    before = dict(memo)
     hashes = []
     for file in files:
         real = file.resolve()
@@ -146,7 +146,7 @@ def file_hashes(files: Sequence[Path], *, rehash: bool = False) -> list[str]:
             with real.open("rb") as stream:
                 memo[key] = hashlib.file_digest(stream, "sha256").hexdigest()
         hashes.append(memo[key])
-    if len(memo) != known:
+    if memo != before:
         _write_memo(memo_file, memo)
     return hashes
 
@@ -160,10 +160,14 @@ def _read_memo(file: Path) -> dict[str, str]:
 
 
 def _write_memo(file: Path, memo: dict[str, str]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as stream:
-        json.dump(memo, stream)
-    os.replace(stream.name, file)
+    """Write the memo whole; a disk that refuses costs only the memory."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(memo), encoding="utf-8")
+        os.replace(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)
 
 
 def _short(value: Any) -> str:

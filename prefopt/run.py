@@ -1,0 +1,200 @@
+"""One run while it trains: everything it holds, and how it comes to hold it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+
+from prefopt.batching import StepPlanner
+from prefopt.checkpoint import TrainState, latest_state, load_checkpoint
+from prefopt.errors import Problem, RecipeError
+from prefopt.evaluate import Evaluator, make_evaluator
+from prefopt.forward import Scorer
+from prefopt.layout import probe_group
+from prefopt.optimizers import make_optimizer
+from prefopt.policy import Policy, load_policy
+from prefopt.prepare import Prepared, resolve_token_budget
+from prefopt.recipe import Recipe
+from prefopt.reference.running import RunReference
+from prefopt.run_folder import RunFolder, environment, write_json
+from prefopt.sampling import Sample
+from prefopt.schedule import steps_of
+from prefopt.screen import Screen
+from prefopt.tracking import Tracker
+
+BEST = {
+    "eval.loss": min,
+    "eval.kl": min,
+    "eval.displacement": min,
+    "eval.accuracy": max,
+    "eval.margin": max,
+    "eval.gold_reward.policy": max,
+}
+"""Metrics that `checkpoint.best` can name, and which end of them is better."""
+
+
+@dataclass
+class Run:
+    """Everything one run holds while it trains; the loop's only state."""
+
+    recipe: Recipe
+    folder: Path
+    prepared: Prepared
+    accelerator: Accelerator
+    policy: Policy
+    module: torch.nn.Module
+    """The scorer as accelerate wrapped it."""
+    optimizer: torch.optim.Optimizer
+    planner: StepPlanner
+    reference: RunReference
+    evaluator: Evaluator | None
+    tracker: Tracker | None
+    """None in every process but the first."""
+    screen: Screen
+    total: int
+    """Optimizer steps of the whole run."""
+    resolved: dict[str, Any]
+    """What `auto` came to."""
+    state: TrainState
+    stopping: bool = False
+    """Set by Ctrl-C in this process: the current step is the last."""
+    finite: torch.Tensor = field(default_factory=lambda: torch.tensor(True))
+    """Whether every gradient so far was finite; on the device."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+    reference_samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def scorer(self) -> Scorer:
+        """The policy itself, unwrapped."""
+        return self.policy.scorer
+
+    @property
+    def last_comparison(self) -> int | None:
+        """Where the stream of comparisons ends; None where a number of steps ends the run."""
+        if self.recipe.train.max_steps is not None:
+            return None
+        return self.planner.comparisons_in(self.recipe.train.epochs or 0)
+
+    def advance(self, **changes: Any) -> None:
+        """Move the state on."""
+        self.state = replace(self.state, **changes)
+
+
+def make_accelerator() -> Accelerator:
+    """Return an accelerator that neither autocasts nor divides: the scorer and the step do both themselves.
+
+    Raises:
+        RecipeError: the launcher started several processes that do not know of each other.
+    """
+    single = GradientAccumulationPlugin(num_steps=1)  # given as a plug-in, no environment variable overrides it
+    accelerator = Accelerator(mixed_precision="no", gradient_accumulation_plugin=single)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise RecipeError(
+            Problem("processes", f"{launched} processes that form one group, as WORLD_SIZE says",
+                    f"accelerate sees {accelerator.num_processes}",
+                    "on a CPU, launch with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m prefopt train ...")
+        )  # fmt: skip
+    return accelerator
+
+
+def set_up(
+    recipe: Recipe,
+    folder: RunFolder,
+    prepared: Prepared,
+    reference: RunReference,
+    accelerator: Accelerator,
+    screen: Screen,
+) -> Run:
+    """Load the policy and its optimizer, and the last checkpoint where there is one.
+
+    Raises:
+        RecipeError, ModelError: the parts do not fit together.
+    """
+    newest = latest_state(folder.path)
+    resolved = newest[2] if newest else _resolve(prepared.recipe, accelerator.device)
+    budget = resolved["token_budget"]
+    planner = make_planner(prepared, token_budget=budget)
+    total = planner.total_steps(epochs=recipe.train.epochs, max_steps=recipe.train.max_steps)
+    refuse_misfits(recipe, prepared, total)
+    policy = load_policy(prepared.recipe, probe_group(prepared.data.train), token_budget=budget)
+    optimizer = make_optimizer(policy.scorer, recipe.train)
+    torch.manual_seed(recipe.seed + accelerator.process_index)
+    if newest:
+        load_checkpoint(newest[0], policy.scorer, optimizer)
+    reference.use_policy(policy.scorer)
+    evaluator = make_evaluator(prepared, reference, token_budget=budget)
+    state = newest[1] if newest else TrainState()
+    module, optimizer = accelerator.prepare(policy.scorer, optimizer)
+    resolved |= {"gradient_checkpointing": policy.checkpointing, "layout": policy.layout.layout}
+    tracker = None
+    if accelerator.is_main_process:
+        tracker = Tracker(folder.path, recipe, resumed_at=state.step if newest else -1, resolved=resolved)
+        write_json(folder.path / "environment.json", environment() | {"processes": accelerator.num_processes})
+    screen.plan(policy, resolved, total, state.step, recipe.train.precision)
+    return Run(
+        recipe, folder.path, prepared, accelerator, policy, module, optimizer, planner, reference, evaluator,
+        tracker, screen, total, resolved, state, finite=torch.tensor(True, device=accelerator.device),
+    )  # fmt: skip
+
+
+def make_planner(prepared: Prepared, *, token_budget: int) -> StepPlanner:
+    """Return the planner of a recipe's steps; a loss of chosen completions leaves the rejected ones out."""
+    recipe, dataset = prepared.recipe, prepared.data.train
+    return StepPlanner(
+        dataset,
+        batch_size=recipe.train.batch_size,
+        token_budget=token_budget,
+        seed=recipe.seed,
+        rejected=prepared.loss.needs.rejected or not dataset.paired,
+    )
+
+
+def _resolve(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    return {
+        "token_budget": resolve_token_budget(recipe.train.token_budget, device),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def refuse_misfits(recipe: Recipe, prepared: Prepared, total: int) -> None:
+    """Raise RecipeError with every key that the data and the length of the run make impossible."""
+    problems = [*_unknown_best(recipe, prepared), *_endless_warmup(recipe, total)]
+    if problems:
+        raise RecipeError(problems)
+
+
+def _unknown_best(recipe: Recipe, prepared: Prepared) -> Iterator[Problem]:
+    best = recipe.checkpoint.best
+    sampled = prepared.data.eval is not None and recipe.eval.samples > 0
+    found: tuple[str, str] | None = None
+    if best is None:
+        return
+    if best not in BEST:
+        found = ("one of " + ", ".join(BEST), best)
+    elif prepared.data.eval is None:
+        found = ("held-out data to measure it on", "none: set data.eval or data.eval_fraction")
+    elif "gold" in best and (recipe.eval.gold_reward is None or not sampled):
+        found = ("a gold reward and samples to judge", "set eval.gold_reward and eval.samples")
+    elif best == "eval.kl" and not sampled:
+        found = ("samples to measure it on", "eval.samples is 0")
+    elif best in ("eval.accuracy", "eval.margin", "eval.displacement") and not prepared.data.eval.paired:
+        found = ("eval.loss or eval.kl: unpaired data have no margins", best)
+    if found:
+        yield Problem("checkpoint.best", *found, "name another metric, or checkpoint.best=null")
+
+
+def _endless_warmup(recipe: Recipe, total: int) -> Iterator[Problem]:
+    warmup = steps_of(recipe.train.warmup, total)
+    if warmup > total:
+        fix = "train.warmup=0.1 is a tenth of the run; with this one the peak learning rate is never reached"
+        yield Problem("train.warmup", f"at most the {total} steps of the run", f"{warmup} steps", fix)
