@@ -44,9 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 it worked, 2 a person can mend it, 130 interrupted. An error of prefopt itself is not caught.
     """
-    # Idle OpenMP threads sleep instead of spinning (read once, when torch loads): on two shared cores a training
-    # step of the sandbox took 3 to 10 times as long with spinning threads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Idle OpenMP threads give up spinning soon (read once, when torch loads): with libgomp's default of milliseconds,
+    # training steps of the sandbox on two cores shared with other processes took 3 to 10 times as long.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         from prefopt.cli.app import app
 
