@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.batching import RaggedBatch, every_comparison, make_batch, pack_slices
+from prefopt.batching import RaggedBatch, make_batch
 from prefopt.data.groups import GroupDataset, PromptGroup
 from prefopt.errors import Problem, RecipeError
 from prefopt.forward import Scorer, score
 from prefopt.objective import MetricSums, add_comparison_metrics, comparison_losses
+from prefopt.planning import every_comparison, pack_slices
 from prefopt.prepare import Prepared
 from prefopt.recipe import EvalRecipe
 from prefopt.reference.running import RunReference

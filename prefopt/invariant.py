@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from prefopt.batching import every_comparison, make_batch, pack_slices
+from prefopt.batching import make_batch
 from prefopt.data.groups import GroupDataset
 from prefopt.errors import ModelError, Problem
 from prefopt.forward import TOLERANCE, Scorer, compute_dtype, score
+from prefopt.planning import every_comparison, pack_slices
 from prefopt.recipe import Recipe
 from prefopt.reference.source import ReferenceLogps
 

@@ -12,13 +12,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
-from prefopt.batching import StepPlanner
 from prefopt.checkpoint import TrainState, latest_state, load_checkpoint
 from prefopt.errors import Problem, RecipeError
 from prefopt.evaluate import Evaluator, make_evaluator
 from prefopt.forward import Scorer
 from prefopt.layout import probe_group
 from prefopt.optimizers import make_optimizer
+from prefopt.planning import StepPlanner
 from prefopt.policy import Policy, load_policy
 from prefopt.prepare import Prepared, resolve_token_budget
 from prefopt.recipe import Recipe

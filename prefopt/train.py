@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from prefopt.batching import Step, make_batch
+from prefopt.batching import make_batch
 from prefopt.checkpoint import save_checkpoint
 from prefopt.errors import Interrupted, ModelError, Problem
 from prefopt.evaluate import measure, reference_samples
 from prefopt.forward import autocast
 from prefopt.invariant import check_step_zero, step_zero
 from prefopt.objective import MetricSums, add_comparison_metrics, comparison_losses
+from prefopt.planning import Step
 from prefopt.prepare import prepare
 from prefopt.recipe import Recipe
 from prefopt.reference.running import open_reference

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import group
 
-from prefopt.batching import StepPlanner, computed_tokens, every_comparison, make_batch, pack_slices
+from prefopt.batching import make_batch
 from prefopt.data.groups import Comparison, PromptGroup
+from prefopt.planning import StepPlanner, computed_tokens, every_comparison, pack_slices
 
 
 class Groups:

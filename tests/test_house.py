@@ -20,7 +20,7 @@ FLOORS = [
     ["recipe"],
     ["data", "sandbox"],
     ["batching", "models"],
-    ["attention"],
+    ["attention", "planning"],
     ["forward"],
     ["layout", "objective", "optimizers", "prepare"],
     ["reference"],
