@@ -43,8 +43,8 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     first = planner.step(0)
     screen.named(
         "step",
-        f"{first.comparisons} comparisons in {len(first.micro_batches)} micro-batches, {first.computed_tokens:,} "
-        "computed tokens",
+        f"{first.comparisons} comparisons, {first.computed_tokens:,} computed tokens, micro-batches: "
+        f"{len(first.micro_batches)}",
     )
     few = dataset.select(range(min(CHECKED_GROUPS, len(dataset))))
     policy = load_policy(recipe, probe_group(dataset), token_budget=budget)

@@ -60,14 +60,14 @@ def load_data(settings: DataSettings, tokenizer: Any, *, seed: int, quiet: bool 
         held_known = token_rows([each.table for each in held])
         held_rows = _weighted(held, held_known, seed)
         _refuse_empty("data.eval", held, held_rows, settings)
-        eval_set = _dataset(held, held_known, held_rows, settings, paired)
+        eval_set = _dataset(held, held_known, held_rows, paired, by_prompt=True)
     elif settings.eval_fraction > 0:
         is_held = _held_out(known.prompt_hashes[rows], settings.eval_fraction, seed)
-        eval_set = _dataset(train, known, rows[is_held], settings, paired)
+        eval_set = _dataset(train, known, rows[is_held], paired, by_prompt=True)
         rows = rows[~is_held]
     else:
         eval_set = None
-    train_set = _dataset(train, known, rows, settings, paired)
+    train_set = _dataset(train, known, rows, paired, by_prompt=settings.group_by_prompt)
     report = DataReport(
         sources=tuple(_source_report(each) for each in train + held),
         train=SetReport.of(train_set),
@@ -206,11 +206,13 @@ def _dataset(
     sources: Sequence[TokenizedSource],
     known: TokenRows,
     rows: np.ndarray,
-    settings: DataSettings,
     paired: bool,
+    *,
+    by_prompt: bool,
 ) -> GroupDataset:
+    """Make groups of rows; held-out rows are always grouped, for their order is nobody's business."""
     table = datasets.concatenate_datasets([each.table for each in sources])
-    layout = group_rows(known, rows, by_prompt=settings.group_by_prompt)
+    layout = group_rows(known, rows, by_prompt=by_prompt)
     return GroupDataset(table, layout, paired=paired)
 
 

@@ -226,7 +226,14 @@ def test_given_eval_data_are_used_whole_and_shared_prompts_are_reported(load, wr
 def test_copies_by_weight_stay_on_one_side(load, write, one_source, pairs, plain):
     data = load([one_source(write(pairs(20)), weight=3)], eval_fraction=0.3)
     assert not set(prompts(data.train, plain)) & set(prompts(data.eval, plain))
-    assert (len(data.train), len(data.eval)) == (42, 18)
+    assert [groups.comparisons_per_group.sum() for groups in (data.train, data.eval)] == [42, 18]
+
+
+def test_held_out_rows_are_grouped_by_prompt_and_training_rows_only_on_request(load, write, pairs, pair):
+    rows = [{**pair, "chosen": f" answer {number}"} for number in range(4)]
+    data = load(write(pairs(6)), eval=str(write(rows, "held.jsonl")))
+    assert data.eval.comparisons_per_group.tolist() == [4]
+    assert data.train.comparisons_per_group.tolist() == [1] * 6
 
 
 # Nothing left
