@@ -108,3 +108,17 @@ def test_a_value_has_no_keys_below_it() -> None:
 
 def test_a_value_that_is_no_yaml_is_shown_with_its_key() -> None:
     assert problem_of("data.filter={language: en").where.startswith("data.filter, line 1")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "expected"),
+    [("dpo", "train.max_steps=200", (None, 200)), ("quickstart", "train.epochs=2", (2.0, None))],
+)
+def test_a_length_on_the_command_line_takes_the_place_of_the_files(recipe, override, expected):
+    train = load_recipe(recipe, [override], check_files=False).train
+    assert (train.epochs, train.max_steps) == expected
+
+
+def test_two_lengths_on_the_command_line_are_refused():
+    with pytest.raises(RecipeError, match="either epochs or max_steps"):
+        load_recipe("dpo", ["train.max_steps=200", "train.epochs=2"], check_files=False)

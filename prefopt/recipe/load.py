@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from prefopt.errors import Problem, RecipeError, suggest
 from prefopt.recipe.explain import conflicts, findings, shown
 from prefopt.recipe.files import missing_files
-from prefopt.recipe.override import apply_override, parse_overrides
+from prefopt.recipe.override import apply_override, parse_overrides, replace_alternative
 from prefopt.recipe.schema import Recipe
 from prefopt.recipe.text import parse_yaml
 
@@ -46,6 +46,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, check_files
     except RecipeError as error:
         raise RecipeError([*error.problems, *problems]) from None
     problems += [problem for change in changes if (problem := apply_override(mapping, change))]
+    replace_alternative(mapping, changes)
     recipe, found = _validated(mapping)
     problems += found
     if recipe is not None and check_files:

@@ -14,6 +14,9 @@ SHORTHANDS = {"model": "path", "loss": "name", "train.optimizer": "name"}
 LISTS = {"data.train": "path", "data.eval": "path", "loss": "name"}
 """Keys that may be a list of bare words, and the key that such a word stands for."""
 
+EITHER_OR = (("train", "epochs"), ("train", "max_steps"))
+"""Two ways to say the length of a run: one on the command line takes the place of the other in the file."""
+
 
 @dataclass(frozen=True)
 class Override:
@@ -81,6 +84,15 @@ def apply_override(mapping: dict[str, Any], override: Override) -> Problem | Non
         node[slot] = child
         node = child
     return None
+
+
+def replace_alternative(mapping: dict[str, Any], overrides: Sequence[Override]) -> None:
+    """Drop the file's length of the run where the command line says it the other way."""
+    given = {override.path for override in overrides if override.path in EITHER_OR and override.value is not None}
+    section = mapping.get("train")
+    if len(given) == 1 and isinstance(section, dict):
+        for _, key in set(EITHER_OR) - given:
+            section.pop(key, None)
 
 
 def _opened(value: Any, path: tuple[str, ...]) -> Any:
