@@ -59,9 +59,9 @@ def run_training(recipe: Recipe, console: Console) -> dict[str, Any]:
             return folder.result
         with accelerator.main_process_first():  # the others find data and log-probs in the caches
             prepared = prepare(recipe, quiet=not screen.console.is_terminal)
+            screen.data(prepared)
             reference = open_reference(prepared, screen.console)
-        screen.data(prepared)
-        screen.reference(reference)
+            screen.reference(reference)
         run = set_up(recipe, folder, prepared, reference, accelerator, screen)
         return _run(run, folder)
     finally:

@@ -96,7 +96,10 @@ def fill_cache(
     misses = sum(len(part.completions) for part in missing)
     total = sum(part.size for part in missing)
     tokens = 0
-    task = progress.add_task("reference log-probs", total=total) if progress and total else None
+    task = None
+    if progress is not None and misses:
+        progress.console.print(f"scoring {misses:,} completions with the reference ({total:,} tokens to compute)")
+        task = progress.add_task("reference log-probs", total=total)
     if missing:
         plan = _plan(missing, token_budget)
         batches = _batches(dataset, plan)
