@@ -11,7 +11,7 @@ from prefopt.errors import DataError, ModelError, Problem
 from prefopt.evaluate import make_evaluator, measure, reference_samples
 from prefopt.forward import Scorer
 from prefopt.layout import probe_group, settle_layout
-from prefopt.models import ModelSource, default_device, load_model
+from prefopt.models import ModelSource, default_device, load_model, ready_for_peft
 from prefopt.prepare import policy_source, prepare, resolve_token_budget
 from prefopt.recipe import Recipe, load_recipe
 from prefopt.reference.running import open_reference
@@ -53,6 +53,7 @@ def load_trained(recipe: Recipe, folder: Path) -> Scorer:
     source = policy_source(recipe)
     if recipe.adapter is None:
         return Scorer(load_model(ModelSource(str(folder), dtype=source.dtype, compute=source.compute))).eval()
+    ready_for_peft()
     from peft import PeftModel
 
     return Scorer(PeftModel.from_pretrained(load_model(source), str(folder))).eval()

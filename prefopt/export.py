@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from prefopt.errors import ModelError, Problem
-from prefopt.models import DTYPES, ModelSource, load_model, load_tokenizer, quiet_transformers
+from prefopt.models import DTYPES, ModelSource, load_model, load_tokenizer, quiet_transformers, ready_for_peft
 from prefopt.prepare import policy_source, with_sandbox
 from prefopt.recipe import Recipe, load_recipe
 from prefopt.run_folder import RECIPE
@@ -64,6 +64,7 @@ def merge_adapter(recipe: Recipe, adapter: Path, target: Path, *, dtype: str | N
 
     Merging into 4-bit weights would round the update away, so the base is always loaded in full precision.
     """
+    ready_for_peft()
     from peft import PeftModel
 
     trained_in = policy_source(recipe).dtype

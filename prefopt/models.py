@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,6 +108,9 @@ def check_source(source: ModelSource) -> None:
     if not path.is_dir():
         raise ModelError(Problem(source.key, "a model folder or a hub name", source.path,
                                  "check the path; a folder must hold config.json"))  # fmt: skip
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        fix = "merge it first: adapter.merge=true writes model-merged, prefopt export RUN does so afterwards"
+        raise ModelError(Problem(source.key, "a whole model", f"{path} is an adapter", fix))
     if not (path / "config.json").is_file():
         found = ", ".join(sorted(child.name for child in path.iterdir())[:6]) or "nothing"
         raise ModelError(Problem(source.key, "a folder with config.json and weights", f"{path} holds {found}",
@@ -227,14 +231,20 @@ def _load_problem(source: ModelSource, what: str, error: Exception) -> Problem:
     )
 
 
+def ready_for_peft() -> None:
+    """Import bitsandbytes before peft does, which would look for the hub kernel; mute what transformers deprecates."""
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        import_bitsandbytes()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+
+
 def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, targets: str | list[str]) -> nn.Module:
     """Put a LoRA adapter on a frozen model; a quantized one is prepared as peft recommends.
 
     Raises:
         ModelError: a target names no module of the model.
     """
-    if importlib.util.find_spec("bitsandbytes") is not None:
-        import_bitsandbytes()  # before peft does, which would look for the hub kernel
+    ready_for_peft()
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if getattr(model, "is_quantized", False):

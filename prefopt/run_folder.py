@@ -12,10 +12,11 @@ checkpoints/      what a resumed run goes on from
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,16 +59,15 @@ def claim_folder(recipe: Recipe, *, lock: bool = True) -> RunFolder:
     """Find the folder of a run: the recipe's own where it is free or holds the same run, and lock it.
 
     The same run: equal recipes (but for keys that change no number) on files of equal content. A folder that follows
-    the default pattern moves on to `-2`, `-3`, ... when it holds another run, and says so; a folder that the recipe
-    names itself does not. A run that failed before its first step holds nothing.
+    the default pattern moves on to `-<loss>`, `-<loss>-2`, ... when it holds another run, and says so; a folder that
+    the recipe names itself does not. A run that failed before its first step holds nothing.
 
     Raises:
         RecipeError: the named folder holds another run, is in use, or cannot be written.
     """
     wanted = recipe.output_folder()
     inputs = input_hashes(recipe)
-    for number in range(1, 1000):
-        path = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+    for path in _candidates(wanted, recipe):
         differing = _differences(path, recipe, inputs)
         if not differing:
             break
@@ -90,6 +90,15 @@ def claim_folder(recipe: Recipe, *, lock: bool = True) -> RunFolder:
             Problem("output", "a folder that can be written", f"{path}: {error.strerror or error}", "output=FOLDER")
         ) from error
     return RunFolder(path, note, result, held)
+
+
+def _candidates(wanted: Path, recipe: Recipe) -> Iterator[Path]:
+    """The recipe's folder, then one that names the loss, then numbered ones."""
+    yield wanted
+    named = wanted.with_name(f"{wanted.name}-{recipe.build_loss().name.replace('*', 'x')}")
+    yield named
+    for number in itertools.count(2):
+        yield named.with_name(f"{named.name}-{number}")
 
 
 def _locked(path: Path) -> IO[str]:
@@ -124,6 +133,8 @@ def input_hashes(recipe: Recipe) -> dict[str, str]:
 
 def _differences(path: Path, recipe: Recipe, inputs: Mapping[str, str]) -> list[str]:
     """Dotted keys and files in which the folder's run differs; none where it is free or the same."""
+    if path.exists() and not path.is_dir():
+        raise RecipeError(Problem("output", "a folder", f"{path} is a file", "output=FOLDER"))
     if not path.exists() or not any(path.iterdir()):
         return []
     if not (path / RECIPE).is_file():

@@ -52,16 +52,17 @@ class Screen:
     def opening(self, recipe: Recipe, folder: RunFolder) -> None:
         """Say what runs, where, and what its loss's numbers mean."""
         loss = recipe.build_loss()
-        hyper = ", ".join(f"{name} {_short(value)}" for name, value in loss.hyperparameters.items())
+        parts = [part for _, part in loss.parts] or [loss]
+        hyper = "; ".join(_settings(part.name if loss.parts else "", part.hyperparameters) for part in parts)
         self.console.print()
         self.console.print(Text(f"{recipe.name}: {loss.name}" + (f" ({hyper})" if hyper else ""), style="bold"))
         self.named("run", str(folder.path))
         if folder.note:
             self.named("", folder.note)
-        spelled = loss.conventions
-        kept = [f"{name} {spelled[name]}" for name in ("aggregate", "beta") if name in spelled]
-        if kept:
-            self.named("units", "; ".join(kept))
+        for number, part in enumerate(parts):
+            spelled = part.conventions
+            beta = f"; beta {spelled['beta']}" if "beta" in part.hyperparameters else ""
+            self.named("" if number else "units", f"{part.name}: {spelled['aggregate']}{beta}")
 
     def already_finished(self, folder: RunFolder) -> None:
         """Show a run that has finished before, and how to run it anew."""
@@ -100,7 +101,7 @@ class Screen:
             f"({policy.layout.reason}, {policy.layout.max_difference:.1g} nats apart)",
         )
         checkpointing = ", activations recomputed" if policy.checkpointing else ""
-        steps = f"{total - start} of {total} steps left" if start else f"{total} steps"
+        steps = f"resuming after step {start} of {total}" if start else f"{total} steps"
         self.named(
             "plan",
             f"{steps}, {resolved['token_budget']:,} computed tokens per micro-batch on {resolved['device']}"
@@ -136,26 +137,33 @@ class Screen:
             task = bar.add_task("training", total=total, completed=start, loss="…")
             yield lambda loss: bar.update(task, advance=1, loss=f"{loss:.4f}")
 
-    def evaluation(self, step: int, measures: Mapping[str, Any]) -> None:
-        """Print one line per look at the held-out data, under a heading that is printed once."""
+    def evaluation(self, step: int, measures: Mapping[str, Any], *, reference: bool) -> None:
+        """Print one line per look at the held-out data, under a heading that is printed once.
+
+        Args:
+            step: optimizer steps done.
+            measures: what was measured.
+            reference: whether the loss ranks against a reference; without one even the start is no coin toss.
+        """
         cells = {"step": f"{step}", "loss": f"{measures['loss']:.4f}"}
         if "accuracy" in measures:
             low, high = measures["accuracy_interval"]
-            cells["accuracy (95 %)"] = f"{measures['accuracy']:.3f} ({low:.2f} to {high:.2f})"
+            cells["accuracy"] = f"{measures['accuracy']:.3f} ({low:.2f}-{high:.2f})"
         for side in ("chosen", "rejected"):
             if f"{side}_drift_per_token" in measures:
-                cells[f"{side}/token"] = f"{measures[f'{side}_drift_per_token']:+.3f}"
-        cells["KL"] = f"{measures['kl']:.2f}" if "kl" in measures else ""
+                cells[side] = f"{measures[f'{side}_drift_per_token']:+.3f}"
+        if "kl" in measures:
+            cells["KL"] = f"{measures['kl']:.2f}"
         if "gold_reward" in measures:
-            cells["gold reward"] = f"{measures['gold_reward']['policy']:.3f}"
-        widths = {"step": 6, "loss": 8, "accuracy (95 %)": 22, "KL": 8}
+            cells["gold"] = f"{measures['gold_reward']['policy']:.3f}"
+        widths = {"step": 6, "loss": 9, "accuracy": 19, "chosen": 9, "rejected": 10, "KL": 9, "gold": 8}
         if not self._headed:
             self._headed = True
-            self.line(
-                "\nheld out: log-probs are nats per token against the reference, KL nats per completion", style="dim"
-            )
-            self.line("".join(f"{name:>{widths.get(name, 15)}}" for name in cells), style="dim")
-        self.line("".join(f"{cell:>{widths.get(name, 15)}}" for name, cell in cells.items()))
+            ranked = "against the reference" if reference else "by the policy alone, for the loss reads no reference"
+            self.line(f"\nheld out: accuracy (95 % interval) {ranked}; chosen and rejected in nats per", style="dim")
+            self.line("token against the reference; KL in nats per completion", style="dim")
+            self.line("".join(f"{name:>{widths[name]}}" for name in cells), style="dim")
+        self.line("".join(f"{cell:>{widths[name]}}" for name, cell in cells.items()))
 
     def finished(
         self,
@@ -202,15 +210,43 @@ class Screen:
             error = measures.get("kl_standard_error")
             spread = f" ± {error:.2f}" if error is not None else ""
             self.named("KL", f"{measures['kl']:.2f}{spread} nats per completion from the reference")
-        drift = [measures.get(f"{side}_drift_per_token") for side in ("chosen", "rejected")]
-        if all(value is not None and value < 0 for value in drift):
-            self.named("note", "chosen and rejected both became less likely (likelihood displacement)")
+        if not measures:
+            loss = (result.get("train") or {}).get("loss")
+            self.named("loss", f"{loss:.4f} in training; nothing was held out to measure on")
+        for note in _warnings(measures):
+            self.line(f"note: {note}", style="yellow")
         self.named("result", str(folder / "result.json"))
         self.named("model", str(folder / "model"))
 
 
+FAR_KL = 50.0
+"""Nats per completion beyond which a policy has usually stopped writing text."""
+FALLEN = -0.1
+"""Nats per token by which chosen completions must have fallen before displacement is worth a word."""
+
+
+def _warnings(measures: Mapping[str, Any]) -> Iterator[str]:
+    """What a person should look at before trusting the accuracy."""
+    if (measures.get("kl") or 0.0) > FAR_KL:
+        yield (
+            f"the policy is {measures['kl']:.0f} nats per completion from the reference: read its samples, they are "
+            "probably broken; lower train.learning_rate or raise beta"
+        )
+    chosen = measures.get("chosen_drift_per_token")
+    if chosen is not None and chosen < FALLEN and measures.get("displacement", 0.0) > 0.5:
+        yield (
+            "likelihood displacement: chosen completions became less likely too "
+            f"({chosen:+.2f} nats per token); probability went to text that nobody compared"
+        )
+
+
 def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _settings(name: str, hyperparameters: Mapping[str, Any]) -> str:
+    spelled = ", ".join(f"{key} {_short(value)}" for key, value in hyperparameters.items())
+    return f"{name} {spelled}".strip()
 
 
 def _clipped(text: str, length: int) -> str:

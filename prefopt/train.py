@@ -93,7 +93,8 @@ def _look_before(run: Run) -> dict[str, Any] | None:
     if run.evaluator is not None:
         with run.accelerator.main_process_first():
             run.reference_samples = reference_samples(run.evaluator, run.folder / REFERENCE_SAMPLES)
-        run.screen.reference_samples(run.reference_samples, run.recipe.eval.show)
+        if run.state.step == 0:
+            run.screen.reference_samples(run.reference_samples, run.recipe.eval.show)
         if run.state.step in (0, run.total):
             _evaluate(run)
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
@@ -211,7 +212,8 @@ def _evaluate(run: Run) -> bool:
     run.evaluation, run.samples = measure(run.evaluator, run.scorer, run.reference_samples)
     if run.tracker is not None:
         run.tracker.log(run.state.step, _flat_numbers(run.evaluation))
-    run.screen.evaluation(run.state.step, run.evaluation)
+    reference = run.prepared.loss.ranking_term.score.reference
+    run.screen.evaluation(run.state.step, run.evaluation, reference=reference)
     metric = run.recipe.checkpoint.best
     if metric is None:
         return False

@@ -122,3 +122,8 @@ def test_a_length_on_the_command_line_takes_the_place_of_the_files(recipe, overr
 def test_two_lengths_on_the_command_line_are_refused():
     with pytest.raises(RecipeError, match="either epochs or max_steps"):
         load_recipe("dpo", ["train.max_steps=200", "train.epochs=2"], check_files=False)
+
+
+def test_one_hyper_parameter_of_a_sum_says_how_to_write_it():
+    with pytest.raises(RecipeError, match=r"loss\.0\.beta"):
+        load_recipe("quickstart", ["loss=simpo+sft", "loss.beta=2"])

@@ -281,3 +281,19 @@ def test_a_foreign_line_in_the_metrics_does_not_stop_a_resume(tmp_path, monkeypa
     with (tmp_path / "run" / "metrics.jsonl").open("a") as stream:
         stream.write("3\n{broken\n")
     train(tmp_path)
+
+
+def test_text_that_the_tokenizer_does_not_know_is_refused(tmp_path):
+    rows = [{"prompt": f"unheard {n}", "chosen": "of words", "rejected": "nobody knows at all"} for n in range(9)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "<unk>" in refused(tmp_path, DataError, data={"eval_fraction": 0.0})
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    train(tmp_path, adapter={"rank": 4})
+    assert "is an adapter" in refused(tmp_path, model=str(tmp_path / "run" / "model"), output=str(tmp_path / "b"))
+
+
+def test_an_output_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "taken").write_text("")
+    assert "is a file" in refused(tmp_path, RecipeError, output=str(tmp_path / "taken"))

@@ -137,10 +137,12 @@ def test_the_default_output_moves_on_to_a_new_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(tmp_path, output="runs/{recipe}")
     train(tmp_path, output="runs/{recipe}", loss="ipo")
-    assert (tmp_path / "runs" / "test-2" / "result.json").exists()
+    assert (tmp_path / "runs" / "test-ipo" / "result.json").exists()
     again = train(tmp_path, output="runs/{recipe}", loss="ipo")
     assert again["loss"]["name"] == "ipo"
-    assert not (tmp_path / "runs" / "test-3").exists()
+    assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == ["test", "test-ipo"]
+    train(tmp_path, output="runs/{recipe}", loss={"name": "ipo", "beta": 0.7})
+    assert (tmp_path / "runs" / "test-ipo-2" / "result.json").exists()
 
 
 def test_online_and_cached_references_train_the_same_policy(tmp_path):

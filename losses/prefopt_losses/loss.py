@@ -212,7 +212,7 @@ def _conventions(loss: Loss) -> dict[str, str]:
         "function": ", ".join(dict.fromkeys(function_name(each.f) for each in loss.terms)),
         "aggregate": f"{'mean' if per_token else 'sum'} over completion tokens",
         "reference": "policy minus reference" if term.score.reference else "none",
-        "beta": f"{term.beta:g} per nat{' per token' if per_token else ''}",
+        "beta": f"{_spelled_beta(loss, term)} per nat{' per token' if per_token else ''}",
         "margin": "beta * (s_chosen - s_rejected), before any shift",
         "label": term.q.name if isinstance(term.q, FromRecord) else f"q = {term.q:g}",
         "reduction": "none: one value per example; take the mean over the examples of the optimizer step",
@@ -226,3 +226,10 @@ def _conventions(loss: Loss) -> dict[str, str]:
     if loss.needs.step_tokens:
         spelled["nll"] = "token mean over the optimizer step; over the batch given without tokens_per_example"
     return spelled | ({"note": loss.note} if loss.note else {})
+
+
+def _spelled_beta(loss: Loss, term: Term) -> str:
+    """The method's own beta, and where it differs (ipo, sppo) the GPO beta that multiplies the contrast."""
+    own = loss.hyperparameters.get("beta")
+    gpo = f"{term.beta:g}"
+    return gpo if own is None or f"{own:g}" == gpo else f"{own:g} (f sees {gpo})"

@@ -168,6 +168,16 @@ class GroupDataset:
         largest = [pc.max(pc.list_flatten(chunks.column(name))).as_py() for name in ("prompt", "chosen", "rejected")]
         return max((value for value in largest if value is not None), default=0)
 
+    def share_of(self, token: int) -> float:
+        """Share of the table's tokens that are this one."""
+        import pyarrow.compute as pc
+
+        table = self._table.data.table
+        columns = [pc.list_flatten(table.column(name)) for name in ("prompt", "chosen", "rejected")]
+        total = sum(len(column) for column in columns)
+        hits = sum(pc.sum(pc.equal(column, token)).as_py() or 0 for column in columns)
+        return hits / total if total else 0.0
+
     @property
     def longest_row(self) -> int:
         """Tokens of the longest prompt with one of its completions."""

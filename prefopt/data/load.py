@@ -68,11 +68,15 @@ def load_data(settings: DataSettings, tokenizer: Any, *, seed: int, quiet: bool 
     else:
         eval_set = None
     train_set = _dataset(train, known, rows, paired, by_prompt=settings.group_by_prompt)
+    unknown = 0.0 if tokenizer.unk_token_id is None else train_set.share_of(tokenizer.unk_token_id)
+    _refuse_unknown_text(unknown, tokenizer)
     report = DataReport(
         sources=tuple(_source_report(each) for each in train + held),
         train=SetReport.of(train_set),
         eval=None if eval_set is None else SetReport.of(eval_set),
         shared_prompts=0 if eval_set is None else _shared_prompts(train_set, eval_set),
+        unknown_tokens=unknown,
+        unused_template=_leaves_template_unused(settings, tokenizer, train),
         example=example_of(train_set[0], tokenizer),
     )
     return LoadedData(train_set, eval_set, report)
@@ -214,6 +218,23 @@ def _dataset(
     table = datasets.concatenate_datasets([each.table for each in sources])
     layout = group_rows(known, rows, by_prompt=by_prompt)
     return GroupDataset(table, layout, paired=paired)
+
+
+MOST_UNKNOWN = 0.5
+"""Share of unknown tokens at which a tokenizer cannot be the one for these texts."""
+
+
+def _refuse_unknown_text(share: float, tokenizer: Any) -> None:
+    if share > MOST_UNKNOWN:
+        raise DataError(
+            Problem("data.train", "text that the model's tokenizer knows", f"{share:.0%} of the tokens are "
+                    f"{tokenizer.unk_token}", "use a model that was made for this language and alphabet")
+        )  # fmt: skip
+
+
+def _leaves_template_unused(settings: DataSettings, tokenizer: Any, sources: Sequence[TokenizedSource]) -> bool:
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    return has_template and settings.chat_template == "auto" and not any(each.conversational for each in sources)
 
 
 def _shared_prompts(train: GroupDataset, held: GroupDataset) -> int:

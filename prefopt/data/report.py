@@ -124,10 +124,9 @@ class SetReport:
 class Example:
     """The ends of one row, token by token, decoded: a missing EOS or a doubled BOS is seen here."""
 
-    prompt_start: tuple[str, ...]
-    prompt_end: tuple[str, ...]
-    completions: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
-    """First and last tokens of each completion of the first comparison."""
+    texts: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]
+    """Prompt, chosen, rejected, as far as they are there: what it is, its first tokens, its last tokens (none where
+    the first ones are all)."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,10 @@ class DataReport:
     eval: SetReport | None
     shared_prompts: int
     """Prompts of the evaluation set that are trained on too (never with `eval_fraction`)."""
+    unknown_tokens: float
+    """Share of the training set's tokens that are the tokenizer's unknown token."""
+    unused_template: bool
+    """Whether the tokenizer has a chat template and the rows are plain text, to which it is not applied."""
     example: Example
 
     @property
@@ -201,6 +204,10 @@ class DataReport:
                 f"  {self.template_mismatches:,} rows: the chat template writes the prompt differently once "
                 "a completion follows; the completion starts where they part"
             )
+        if self.unknown_tokens:
+            lines.append(f"  {self.unknown_tokens:.2%} of the tokens are unknown to the tokenizer")
+        if self.unused_template:
+            lines.append("  plain text: the tokenizer's chat template is not applied (data.chat_template=always does)")
         lines += _set_lines("train", self.train)
         if self.eval is not None:
             lines += _set_lines("eval", self.eval)
@@ -212,22 +219,19 @@ class DataReport:
 def example_of(group: PromptGroup, tokenizer: Decoder) -> Example:
     """Decode the ends of the first comparison of a group, token by token."""
     comparison = group.comparisons[0]
-    sides = [side for side in (comparison.chosen, comparison.rejected) if side is not None]
+    sides = {"chosen": comparison.chosen, "rejected": comparison.rejected}
+    texts = {"prompt": group.prompt}
+    texts |= {name: group.completions[side] for name, side in sides.items() if side is not None}
 
     def decoded(ids: np.ndarray) -> tuple[str, ...]:
         return tuple(str(tokenizer.decode([int(token)])) for token in ids)
 
-    return Example(
-        prompt_start=decoded(group.prompt[:SHOWN_TOKENS]),
-        prompt_end=decoded(group.prompt[-SHOWN_TOKENS:]),
-        completions=tuple(
-            (
-                decoded(group.completions[side][:SHOWN_TOKENS]),
-                decoded(group.completions[side][-SHOWN_TOKENS:]),
-            )
-            for side in sides
-        ),
-    )
+    def ends(ids: np.ndarray) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        if len(ids) <= 2 * SHOWN_TOKENS:
+            return decoded(ids), ()
+        return decoded(ids[:SHOWN_TOKENS]), decoded(ids[-SHOWN_TOKENS:])
+
+    return Example(tuple((name, *ends(ids)) for name, ids in texts.items()))
 
 
 class Decoder(Protocol):
@@ -259,9 +263,7 @@ def _set_lines(name: str, report: SetReport) -> list[str]:
 
 
 def _example_lines(example: Example) -> list[str]:
-    def ends(start: Sequence[str], end: Sequence[str]) -> str:
-        return " ".join(map(repr, start)) + "  …  " + " ".join(map(repr, end))
-
-    lines = [f"  example prompt:     {ends(example.prompt_start, example.prompt_end)}"]
-    lines += [f"  example completion: {ends(start, end)}" for start, end in example.completions]
-    return lines
+    return [
+        f"  example {name + ':':<10}" + " ".join(map(repr, start)) + ("  …  " + " ".join(map(repr, end)) if end else "")
+        for name, start, end in example.texts
+    ]

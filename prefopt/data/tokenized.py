@@ -28,7 +28,7 @@ from prefopt.data.tokenizer import SpecialIds, tokenizer_hash
 from prefopt.errors import DataError, Problem
 from prefopt.paths import cache_root
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Raise it when a change of this package changes what it makes of the same rows."""
 
 TOKEN_FEATURES = Features(
@@ -64,6 +64,8 @@ class TokenizedSource:
     """Memory-mapped, with `TOKEN_FEATURES`."""
     kind: Kind | None
     """None where the filter keeps no row."""
+    conversational: bool
+    """Whether any row is a conversation."""
     from_cache: bool
 
 
@@ -96,12 +98,12 @@ def tokenized_source(source: Source, how: Tokenizing) -> TokenizedSource:
     build = partial(_build, source, how)
     folder, from_cache = built_folder(root, key, build)
     try:
-        table, kind = _opened(folder)
+        table, kind, conversational = _opened(folder)
     except (OSError, ValueError, pa.ArrowException):  # damaged from outside; made again
         shutil.rmtree(folder, ignore_errors=True)
         folder, from_cache = built_folder(root, key, build)
-        table, kind = _opened(folder)
-    return TokenizedSource(source, table, kind, from_cache)
+        table, kind, conversational = _opened(folder)
+    return TokenizedSource(source, table, kind, conversational, from_cache)
 
 
 def _key(source: Source, how: Tokenizing) -> str:
@@ -135,14 +137,16 @@ def _build(source: Source, how: Tokenizing, folder: Path) -> None:
         desc=f"Tokenizing {Path(source.name).name}",
     )
     _refuse_template_problems(source, tokens)
-    (folder / "source.json").write_text(json.dumps({"kind": reading.kind}))
+    (folder / "source.json").write_text(
+        json.dumps({"kind": reading.kind, "conversational": bool(reading.first_conversation)})
+    )
     text_file.unlink()
 
 
-def _opened(folder: Path) -> tuple[datasets.Dataset, Kind | None]:
-    kind: Kind | None = json.loads((folder / "source.json").read_text())["kind"]
+def _opened(folder: Path) -> tuple[datasets.Dataset, Kind | None, bool]:
+    note = json.loads((folder / "source.json").read_text())
     parts = [datasets.Dataset.from_file(str(path)) for path in sorted(folder.glob("tokens*.arrow"))]
-    return datasets.concatenate_datasets(parts), kind
+    return datasets.concatenate_datasets(parts), note["kind"], note["conversational"]
 
 
 def _processes(wanted: int | None, rows: int) -> int | None:

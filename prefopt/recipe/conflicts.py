@@ -26,6 +26,7 @@ def refuse_conflicts(recipe: Recipe) -> None:
     """Raise a PydanticCustomError that carries every conflict of the recipe in its context."""
     conflicts = [
         *_length_of_run(recipe),
+        *_endless_warmup(recipe),
         *_quantization(recipe),
         *_placeholders(recipe),
         *_best_checkpoint(recipe),
@@ -49,6 +50,14 @@ def _length_of_run(recipe: Recipe) -> Iterator[Conflict]:
     if epochs is None and max_steps is None:
         fix = "set train.epochs or train.max_steps"
         yield Conflict(keys, Problem("train.epochs", "either epochs or max_steps", "neither", fix))
+
+
+def _endless_warmup(recipe: Recipe) -> Iterator[Conflict]:
+    warmup, steps = recipe.train.warmup, recipe.train.max_steps
+    if steps is not None and warmup > steps:
+        fix = "train.warmup=0.1 is a tenth of the run; with this one the peak learning rate is never reached"
+        problem = Problem("train.warmup", f"at most the {steps} steps of the run", f"{warmup:g} steps", fix)
+        yield Conflict(("train.warmup", "train.max_steps"), problem)
 
 
 def _quantization(recipe: Recipe) -> Iterator[Conflict]:

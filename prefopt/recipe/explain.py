@@ -90,7 +90,13 @@ def _problem(kind: str, path: Path, given: Any) -> Problem:
     if kind == "missing":
         return Problem(where, expected, "nothing", f"set {where}; it has no default")
     value = _value_at(path, given)
+    if value is None and where in REQUIRED:
+        return Problem(where, expected, "nothing", f"write a value after {where}, indented below it if it is a section")
     return Problem(where, expected, shown(value), _remedy(where, value, choices(schema)))
+
+
+REQUIRED = ("model", "data", "data.train", "loss")
+"""Keys without a default."""
 
 
 def _remedy(where: str, value: Any, named: list[str]) -> str:

@@ -78,6 +78,10 @@ def apply_override(mapping: dict[str, Any], override: Override) -> Problem | Non
             return None
         child = node[slot] if isinstance(node, list) else node.get(slot)
         child = _opened(child, override.path[: depth + 1])
+        if here == "" and key == "loss" and isinstance(child, dict) and "+" in str(child.get("name")):
+            parts = str(child["name"])
+            fix = "write the sum as a list: loss=[{name: simpo, beta: 2}, sft], or change one part: loss.0.beta=2"
+            return Problem(override.written, "one loss; a sum has a hyper-parameter for each part", parts, fix)
         if not isinstance(child, dict | list):
             inner = ".".join(override.path[: depth + 1])
             return Problem(override.written, f"a key; {inner} is a value and has no keys", repr(child), f"set {inner}")

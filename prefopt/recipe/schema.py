@@ -90,7 +90,7 @@ class DataRecipe(Section):
     eval: Sources | None = None
     """Held-out data, written like `train`; where absent, `eval_fraction` of the prompts of `train`."""
     eval_fraction: Share = 0.02
-    """Share of the prompts of `train` that is held out where `eval` is absent."""
+    """Share of the prompts of `train` that is held out where `eval` is absent (the sandbox brings its own)."""
     max_length: Count = 2048
     """Longest prompt plus completion, in tokens."""
     truncation: Literal["completion", "prompt", "drop"] = "completion"

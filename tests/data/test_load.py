@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from prefopt.data import cache, load_data, tokenized
-from prefopt.errors import DataError
+from prefopt.errors import DataError, UserError
 
 
 def prompts(dataset, tokenizer):
@@ -143,7 +143,7 @@ def test_a_damaged_cache_is_made_again(load, pairs, tmp_path):
 
 def test_a_cache_that_cannot_be_written_says_which_variable_moves_it(load, pairs, tmp_path):
     (tmp_path / "cache").write_text("a file in the way")
-    with pytest.raises(DataError, match="set PREFOPT_CACHE"):
+    with pytest.raises(UserError, match="set PREFOPT_CACHE"):
         load(pairs(2))
 
 
@@ -300,9 +300,11 @@ def test_the_report_counts_tokens_groups_and_shows_one_example(load, pairs, plai
     assert report.train.rejected_tokens.max == max(lengths)
     assert report.train.rejected_tokens.mean == pytest.approx(sum(lengths) / 5)
     assert report.train.prompt_tokens.mean == pytest.approx(data.train.prompt_lengths.mean())
-    ends = report.example.completions
-    assert [end[-1] for _, end in ends] == ["</s>", "</s>"]
-    assert "".join(report.example.prompt_end).endswith("?")
+    texts = {name: start + end for name, start, end in report.example.texts}
+    assert list(texts) == ["prompt", "chosen", "rejected"]
+    assert texts["chosen"][-1] == texts["rejected"][-1] == "</s>"
+    assert "".join(texts["prompt"]).endswith("?")
+    assert len(texts["chosen"]) == len(data.train[0].completions[0])  # short texts are shown whole, once
     assert any("'</s>'" in line for line in report.lines())
 
 

@@ -205,7 +205,7 @@ def test_a_loss_of_ones_own_has_the_same_contract(record):
 def test_conventions_say_what_the_numbers_mean():
     ipo = get_loss("ipo", beta=0.1).conventions
     assert ipo["aggregate"] == "mean over completion tokens"
-    assert ipo["beta"] == "0.2 per nat per token"
+    assert ipo["beta"] == "0.1 (f sees 0.2) per nat per token"
     assert "GPO beta = 2 tau" in ipo["note"]
     assert get_loss("simpo").conventions["shift"] == "0.25 in the unit of the score"
     assert get_loss("orpo").conventions["aggregate"] == "log_odds of the mean over completion tokens"
