@@ -63,7 +63,11 @@ def schema(maker: Callable[..., Any]) -> dict[str, HyperParameter]:
 
 
 def check(
-    maker: Callable[..., Any], given: Mapping[str, Any], where: str, foreign: Mapping[str, str]
+    maker: Callable[..., Any],
+    given: Mapping[str, Any],
+    where: str,
+    foreign: Mapping[str, str],
+    also: tuple[str, ...] = (),
 ) -> tuple[dict[str, Any], list[str]]:
     """Return all hyper-parameters, defaults filled in, and every problem with the ones given.
 
@@ -72,6 +76,7 @@ def check(
         given: what the user wrote.
         where: prefix of each problem: a method's name or a recipe's key path.
         foreign: names other tools use for this method, and what to write instead.
+        also: keys beside the hyper-parameters that a misspelt name may have meant.
     """
     accepted = schema(maker)
     problems = []
@@ -82,8 +87,9 @@ def check(
         elif name in foreign:
             problems.append(f"{where}.{name}: {foreign[name]}")
         else:
-            names = ", ".join(accepted) or "none"
-            problems.append(f"{where}.{name}: no such hyper-parameter.{suggest(name, accepted)} Accepted: {names}.")
+            known = [*accepted, *also]
+            names = ", ".join(known) or "none"
+            problems.append(f"{where}.{name}: no such hyper-parameter.{suggest(name, known)} Accepted: {names}.")
     return {name: given.get(name, each.default) for name, each in accepted.items()}, problems
 
 

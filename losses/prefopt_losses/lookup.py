@@ -61,7 +61,7 @@ def loss_from_config(config: LossConfig, *, where: str = "loss") -> Loss:
     losses, problems = [], []
     for index, part in enumerate(config):
         try:
-            losses.append(_part({"name": part} if isinstance(part, str) else part, f"{where}[{index}]"))
+            losses.append(_part({"name": part} if isinstance(part, str) else part, f"{where}[{index}]", weighted=True))
         except LossError as error:
             problems += error.problems
     if problems:
@@ -72,11 +72,11 @@ def loss_from_config(config: LossConfig, *, where: str = "loss") -> Loss:
     return total
 
 
-def _method(name: str, given: Mapping[str, Any], where: str) -> Loss:
+def _method(name: str, given: Mapping[str, Any], where: str, also: tuple[str, ...] = ()) -> Loss:
     if name not in METHODS:
         raise LossError(f"{where}: no loss {name!r}.{_instead(name)} Known: {', '.join(METHODS)}.")
     method = METHODS[name]
-    hyperparameters, problems = check(method.make, given, where, OTHER_HYPERPARAMETERS.get(name, {}))
+    hyperparameters, problems = check(method.make, given, where, OTHER_HYPERPARAMETERS.get(name, {}), also)
     if problems:
         raise LossError(problems)
     try:
@@ -86,7 +86,7 @@ def _method(name: str, given: Mapping[str, Any], where: str) -> Loss:
     return Loss(name=name, terms=terms, hyperparameters=hyperparameters, note=method.note)
 
 
-def _part(config: Mapping[str, Any], where: str) -> Loss:
+def _part(config: Mapping[str, Any], where: str, *, weighted: bool = False) -> Loss:
     if not isinstance(config, Mapping) or not isinstance(config.get("name"), str):
         raise LossError(f"{where}: expected a name or a mapping with `name`, given {config!r}.")
     hyperparameters = {str(key): value for key, value in config.items() if key not in ("name", "weight")}
@@ -94,7 +94,7 @@ def _part(config: Mapping[str, Any], where: str) -> Loss:
     if "weight" in config and not _is_weight(config["weight"]):
         problems.append(f"{where}.weight: expected a finite number >= 0, given {config['weight']!r}.")
     try:
-        loss = _method(config["name"], hyperparameters, where)
+        loss = _method(config["name"], hyperparameters, where, ("weight",) if weighted else ())
     except LossError as error:
         raise LossError(problems + error.problems) from error
     if problems:

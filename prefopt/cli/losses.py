@@ -13,6 +13,7 @@ from rich.text import Text
 
 from prefopt.cli.printing import console, print_hints, print_labelled
 from prefopt.errors import Problem, UserError
+from prefopt.recipe.loss import loss_problem
 from prefopt_losses import METHODS, LossError, Method, get_loss
 from prefopt_losses.hyperparameters import schema
 from prefopt_losses.terms import Term, function_name
@@ -65,7 +66,7 @@ def show_loss(name: str) -> None:
     try:
         loss = get_loss(name)
     except LossError as error:
-        raise UserError([Problem("loss", text) for text in error.problems]) from None
+        raise UserError([loss_problem(text, name) for text in error.problems]) from None
     if name not in METHODS:
         raise UserError(Problem("loss", "one method", name, "explain its parts one by one"))
     method, out = METHODS[name], console()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import re
+import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +21,24 @@ PIPED_WIDTH = 1000
 def console(*, stderr: bool = False) -> Console:
     """Return a console that wraps at the terminal's width and leaves our words uncoloured."""
     made = Console(stderr=stderr, highlight=False)
-    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=PIPED_WIDTH)
+    if made.is_terminal:
+        return made
+    stream = cast(IO[str], _Trimmed(sys.stderr if stderr else sys.stdout))
+    return Console(file=stream, highlight=False, width=PIPED_WIDTH)
+
+
+class _Trimmed(io.TextIOBase):
+    """A stream that leaves out the spaces with which tables fill their lines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(re.sub(r"[ ]+(?=\n|$)", "", text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 def show_problems(error: UserError) -> None:

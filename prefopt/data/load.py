@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,6 +95,16 @@ def _sources(settings: DataSettings) -> list[Source]:
         )
         for role in settings.columns
         if role not in COLUMNS
+    ]
+    for role, column in settings.columns.items():
+        if {role, column} <= set(COLUMNS) and column != role and column not in settings.columns:
+            fix = f"say where {column} comes from too, or map only columns of other names"
+            given = f"{column}, a role itself"
+            problems.append(Problem(f"data.columns.{role}", "a column that has one role", given, fix))
+    twice = [column for column, count in Counter(settings.columns.values()).items() if count > 1]
+    problems += [
+        Problem("data.columns", "each column in one role", f"{column} in several", "give each role its own column")
+        for column in twice
     ]
     roles: tuple[Role, ...] = ("train", "eval")
     for role in roles:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -72,8 +72,19 @@ def write_text_rows(source: Source, conditions: Mapping[str, Condition], path: P
     elif not reading.problems:
         reading.problems.append(Problem(source.name, "at least one row", "none", "check the file and the split"))
     if reading.problems:
-        raise DataError(reading.problems)
+        raise DataError(_collapsed(reading.problems))
     return reading
+
+
+def _collapsed(problems: Sequence[Problem]) -> list[Problem]:
+    """Say once what is wrong in the same way with several rows."""
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for problem in problems:
+        alike.setdefault((problem.expected, problem.given, problem.fix), []).append(problem.where)
+    return [
+        Problem(places[0] + (f", and {len(places) - 1} rows more" if len(places) > 1 else ""), *said)
+        for said, places in alike.items()
+    ]
 
 
 def _text_rows(reading: Reading, conditions: Mapping[str, Condition], *, quiet: bool) -> Iterator[TextRow]:

@@ -31,7 +31,7 @@ def normal_loss(value: Any) -> tuple[dict[str, Any], ...]:
     try:
         config = loss_from_config(value)
     except LossError as error:
-        problems = [_problem(text, value) for text in error.problems]
+        problems = [loss_problem(text, value) for text in error.problems]
         raise PydanticCustomError("problems", "the loss cannot be built", {"problems": problems}) from None
     normal = config.config
     return (normal,) if isinstance(normal, dict) else tuple(normal)
@@ -55,7 +55,7 @@ EXPECTED_GIVEN = re.compile(r"expected (.+), given (.+?)\.?", re.DOTALL)
 NO_SUCH = re.compile(r"no (?:loss .+?|such hyper-parameter)\. ?(.*?) ?(?:Known|Accepted): (.+?)\.?", re.DOTALL)
 
 
-def _problem(text: str, value: Any) -> Problem:
+def loss_problem(text: str, value: Any) -> Problem:
     """Take a sentence such as `loss[1].btea: no such hyper-parameter. ... Accepted: beta.` apart."""
     where, _, said = text.partition(": ")
     path = where.replace("[", ".").replace("]", "").split(".")[1:]
