@@ -159,9 +159,9 @@ class Screen:
         widths = {"step": 6, "loss": 9, "accuracy": 19, "chosen": 9, "rejected": 10, "KL": 9, "gold": 8}
         if not self._headed:
             self._headed = True
-            ranked = "against the reference" if reference else "by the policy alone, for the loss reads no reference"
-            self.line(f"\nheld out: accuracy (95 % interval) {ranked}; chosen and rejected in nats per", style="dim")
-            self.line("token against the reference; KL in nats per completion", style="dim")
+            ranked = "against the reference" if reference else "of the policy alone: the loss reads no reference"
+            self.line(f"\nheld out: accuracy (95 % interval) {ranked};", style="dim")
+            self.line("chosen, rejected in nats per token from the reference; KL per completion", style="dim")
             self.line("".join(f"{name:>{widths[name]}}" for name in cells), style="dim")
         self.line("".join(f"{cell:>{widths[name]}}" for name, cell in cells.items()))
 
