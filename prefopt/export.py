@@ -8,7 +8,15 @@ import torch
 from transformers import AutoConfig
 
 from prefopt.errors import ModelError, Problem
-from prefopt.models import DTYPES, ModelSource, load_model, load_tokenizer, quiet_transformers, ready_for_peft
+from prefopt.models import (
+    DTYPES,
+    ModelSource,
+    load_model,
+    load_tokenizer,
+    mend_generation_settings,
+    quiet_transformers,
+    ready_for_peft,
+)
 from prefopt.prepare import policy_source, with_sandbox
 from prefopt.recipe import Recipe, load_recipe
 from prefopt.run_folder import RECIPE
@@ -39,6 +47,7 @@ def export_run(
     else:
         source = ModelSource(str(model_folder), dtype=DTYPES[dtype or _saved_dtype(model_folder)])
         model = load_model(source)
+        mend_generation_settings(model)
         with quiet_transformers():
             model.save_pretrained(target)
     tokenizer = load_tokenizer(ModelSource(str(model_folder)))
@@ -70,5 +79,7 @@ def merge_adapter(recipe: Recipe, adapter: Path, target: Path, *, dtype: str | N
     trained_in = policy_source(recipe).dtype
     base = load_model(ModelSource(recipe.model.path, recipe.model.revision, DTYPES[dtype] if dtype else trained_in))
     with quiet_transformers():
-        PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().save_pretrained(target)
+        merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+        mend_generation_settings(merged)
+        merged.save_pretrained(target)
     load_tokenizer(ModelSource(str(adapter))).save_pretrained(target)

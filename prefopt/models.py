@@ -259,6 +259,20 @@ def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, dropout: float,
         ) from error  # fmt: skip
 
 
+def mend_generation_settings(model: PreTrainedModel) -> None:
+    """Make a generation_config that transformers would refuse to save one that it saves.
+
+    Some published models set sampling options without `do_sample`; they load, and `save_pretrained` raises.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+    except (ValueError, TypeError):
+        settings.do_sample = True
+
+
 def switch_off_dropout(model: nn.Module) -> int:
     """Set every dropout probability to zero, in modules and in configs; returns how many were above it.
 

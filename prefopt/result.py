@@ -13,7 +13,7 @@ from prefopt.card import model_card
 from prefopt.errors import ModelError, Problem
 from prefopt.export import merge_adapter
 from prefopt.forward import Scorer, plain_attention
-from prefopt.models import quiet_transformers
+from prefopt.models import mend_generation_settings, quiet_transformers
 from prefopt.run import Run
 from prefopt.run_folder import RESULT, SAMPLES, conventions, write_json, write_lines, write_text
 
@@ -101,6 +101,7 @@ def save_model(run: Run, result: dict[str, Any]) -> None:
 
 def save_policy(scorer: Scorer, folder: Path) -> None:
     """Save the model or its adapter, with its own attention in its config."""
+    mend_generation_settings(scorer.language_model)
     with quiet_transformers(), attention(scorer.language_model, plain_attention(scorer.language_model)):
         scorer.model.save_pretrained(folder)
 
