@@ -104,8 +104,10 @@ def latest_state(run: Path) -> tuple[Path, TrainState, dict[str, Any]] | None:
         raise _damaged(folders[-1], error) from error
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights, optimizer and random state back.
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, random_state: bool = True
+) -> None:
+    """Put weights, optimizer and, in the process that saved it, the random state back.
 
     Raises:
         ModelError: the checkpoint's weights are not those of this model.
@@ -127,9 +129,10 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         for name, parameter in own.items():
             parameter.copy_(weights[name])
     optimizer.load_state_dict(moments)
-    torch.set_rng_state(random["cpu"])
-    if torch.cuda.is_available() and random["cuda"]:
-        torch.cuda.set_rng_state_all(random["cuda"])
+    if random_state:
+        torch.set_rng_state(random["cpu"])
+        if torch.cuda.is_available() and len(random["cuda"]):
+            torch.cuda.set_rng_state(random["cuda"])
 
 
 def _damaged(folder: Path, error: Exception) -> ModelError:
@@ -139,8 +142,8 @@ def _damaged(folder: Path, error: Exception) -> ModelError:
     )  # fmt: skip
 
 
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+def _random_state() -> dict[str, torch.Tensor]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8)
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 

@@ -127,13 +127,12 @@ def _refuse_another_vocabulary(recipe: Recipe, tokenizer: Any) -> None:
     if recipe.reference.model is None:
         return
     source = reference_source(recipe)
-    theirs = load_tokenizer(source).get_vocab()
-    ours = tokenizer.get_vocab()
-    if theirs != ours:
-        moved = sum(theirs.get(token) != number for token, number in ours.items())
+    theirs = {number: token for token, number in load_tokenizer(source).get_vocab().items()}
+    moved = sum(theirs.get(number, token) != token for token, number in tokenizer.get_vocab().items())
+    if moved:
         raise ModelError(
             Problem("reference.model", "a model with the policy's vocabulary: both read the same token ids",
-                    f"{source.path} gives {moved:,} of {len(ours):,} tokens another id or none",
+                    f"{moved:,} ids are other text to {source.path}",
                     "name a reference of the same family, or leave reference.model out")
         )  # fmt: skip
 

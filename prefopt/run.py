@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list
 
 from prefopt.checkpoint import TrainState, latest_state, load_checkpoint
 from prefopt.errors import Problem, RecipeError
@@ -23,7 +24,7 @@ from prefopt.policy import Policy, load_policy
 from prefopt.prepare import Prepared, resolve_token_budget
 from prefopt.recipe import Recipe
 from prefopt.reference.running import RunReference
-from prefopt.run_folder import RunFolder, environment, write_json
+from prefopt.run_folder import RunFolder, claim_folder, environment, write_json
 from prefopt.sampling import Sample
 from prefopt.schedule import steps_of
 from prefopt.screen import Screen
@@ -95,7 +96,9 @@ def make_accelerator() -> Accelerator:
         RecipeError: the launcher started several processes that do not know of each other.
     """
     single = GradientAccumulationPlugin(num_steps=1)  # given as a plug-in, no environment variable overrides it
-    accelerator = Accelerator(mixed_precision="no", gradient_accumulation_plugin=single)
+    # Other processes wait while the first one tokenizes and scores the reference: hours for a large model.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    accelerator = Accelerator(mixed_precision="no", gradient_accumulation_plugin=single, kwargs_handlers=[patient])
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise RecipeError(
@@ -104,6 +107,19 @@ def make_accelerator() -> Accelerator:
                     "on a CPU, launch with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m prefopt train ...")
         )  # fmt: skip
     return accelerator
+
+
+def claim_together(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
+    """Claim the run folder in the first process and tell the others which one it is."""
+    if accelerator.num_processes == 1:
+        return claim_folder(recipe)
+    claimed: list[Any] = [None]
+    if accelerator.is_main_process:
+        folder = claim_folder(recipe)
+        broadcast_object_list([(folder.path, folder.note, folder.result)])
+        return folder
+    broadcast_object_list(claimed)
+    return RunFolder(*claimed[0])
 
 
 def set_up(
@@ -127,12 +143,12 @@ def set_up(
     refuse_misfits(recipe, prepared, total)
     policy = load_policy(prepared.recipe, probe_group(prepared.data.train), token_budget=budget)
     optimizer = make_optimizer(policy.scorer, recipe.train)
-    torch.manual_seed(recipe.seed + accelerator.process_index)
+    state = newest[1] if newest else TrainState()
+    torch.manual_seed(recipe.seed + accelerator.process_index + 1_000_003 * state.step)
     if newest:
-        load_checkpoint(newest[0], policy.scorer, optimizer)
+        load_checkpoint(newest[0], policy.scorer, optimizer, random_state=accelerator.is_main_process)
     reference.use_policy(policy.scorer)
     evaluator = make_evaluator(prepared, reference, token_budget=budget)
-    state = newest[1] if newest else TrainState()
     module, optimizer = accelerator.prepare(policy.scorer, optimizer)
     resolved |= {"gradient_checkpointing": policy.checkpointing, "layout": policy.layout.layout}
     tracker = None

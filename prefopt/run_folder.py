@@ -12,6 +12,7 @@ checkpoints/      what a resumed run goes on from
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -67,11 +68,12 @@ def claim_folder(recipe: Recipe, *, lock: bool = True) -> RunFolder:
     """
     wanted = recipe.output_folder()
     inputs = input_hashes(recipe)
+    moves_on = "{recipe}" in recipe.output
     for path in _candidates(wanted, recipe):
         differing = _differences(path, recipe, inputs)
-        if not differing:
+        if not differing and not (moves_on and lock and _in_use_by_another(path, recipe)):
             break
-        if "{recipe}" not in recipe.output:
+        if not moves_on:
             raise RecipeError(
                 Problem("output", "a new folder, or one of the same run",
                         f"{path} holds a run with other {', '.join(differing[:6])}",
@@ -101,6 +103,17 @@ def _candidates(wanted: Path, recipe: Recipe) -> Iterator[Path]:
         yield named.with_name(f"{named.name}-{number}")
 
 
+def _in_use_by_another(path: Path, recipe: Recipe) -> bool:
+    """Whether another process is setting up another run in the folder, which holds nothing of it yet."""
+    if not (path / LOCK).exists() or not (path / RECIPE).is_file():
+        return False
+    try:
+        _locked(path).close()
+    except RecipeError:
+        return bool(_differing_keys(path, recipe))
+    return False
+
+
 def _locked(path: Path) -> IO[str]:
     """Open the folder's lock file and hold it; the system lets go when the process ends."""
     stream = (path / LOCK).open("w", encoding="utf-8")
@@ -117,18 +130,29 @@ def _locked(path: Path) -> IO[str]:
     return stream
 
 
+MODEL_FILES = (
+    "*.safetensors", "pytorch_model*.bin", "config.json", "adapter_config.json", "tokenizer*", "vocab*", "merges.txt",
+    "added_tokens.json", "special_tokens_map.json", "*.jinja",
+)  # fmt: skip
+"""What of a model folder a run reads; a README beside it may change."""
+
+
 def input_hashes(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 of every local file that a recipe reads: data, model and reference weights, by path."""
+    """One SHA-256 for each local file or folder that a recipe reads: data, model and reference, by its path."""
     sources = [recipe.data.train, recipe.data.eval]
     listed = [[source] if isinstance(source, str) else source for source in sources if source is not None]
-    written = [one if isinstance(one, str) else one.path for group in listed for one in group]
-    written += [recipe.model.path, *([recipe.reference.model] if recipe.reference.model else [])]
-    files: list[Path] = []
-    for text in dict.fromkeys(written):
+    data = [one if isinstance(one, str) else one.path for group in listed for one in group]
+    models = [recipe.model.path, *([recipe.reference.model] if recipe.reference.model else [])]
+    own = recipe.output_folder().resolve()
+    hashes = {}
+    for text, patterns in [*((one, ("**/*",)) for one in data), *((one, MODEL_FILES) for one in models)]:
         path = Path(text).expanduser()
-        files += sorted(child for child in path.rglob("*") if child.is_file()) if path.is_dir() else [path]
-    files = [file for file in files if file.is_file()]
-    return dict(zip(map(str, files), file_hashes(files)))
+        found = {child for pattern in patterns for child in path.glob(pattern)} if path.is_dir() else {path}
+        files = sorted(file for file in found if file.is_file() and not file.resolve().is_relative_to(own))
+        if files:
+            lines = [f"{file.name}:{digest}" for file, digest in zip(files, file_hashes(files))]
+            hashes[text] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashes
 
 
 def _differences(path: Path, recipe: Recipe, inputs: Mapping[str, str]) -> list[str]:
@@ -141,12 +165,17 @@ def _differences(path: Path, recipe: Recipe, inputs: Mapping[str, str]) -> list[
         return [f"content (no {RECIPE})"]
     if not any((path / name).exists() for name in (RESULT, "metrics.jsonl", "checkpoints")):
         return []
+    before = json.loads((path / INPUTS).read_text(encoding="utf-8")) if (path / INPUTS).is_file() else {}
+    changed = [f"content of {path}" for path in before if path in inputs and before[path] != inputs[path]]
+    return _differing_keys(path, recipe) + changed
+
+
+def _differing_keys(path: Path, recipe: Recipe) -> list[str]:
+    """Keys that change a number and have another value in the folder's recipe."""
     there = _flat(load_recipe(str(path / RECIPE), check_files=False).to_mapping())
     here = _flat(recipe.to_mapping())
     keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-    before = json.loads((path / INPUTS).read_text(encoding="utf-8")) if (path / INPUTS).is_file() else {}
-    changed = [f"content of {file}" for file in before if file in inputs and before[file] != inputs[file]]
-    return [key for key in keys if not key.startswith(_FREE_TO_CHANGE)] + changed
+    return [key for key in keys if not key.startswith(_FREE_TO_CHANGE)]
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

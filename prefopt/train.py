@@ -31,8 +31,8 @@ from prefopt.prepare import prepare
 from prefopt.recipe import Recipe
 from prefopt.reference.running import open_reference
 from prefopt.result import finish_run
-from prefopt.run import BEST, Run, make_accelerator, set_up
-from prefopt.run_folder import REFERENCE_SAMPLES, STEP_ZERO, RunFolder, claim_folder, write_json
+from prefopt.run import BEST, Run, claim_together, make_accelerator, set_up
+from prefopt.run_folder import REFERENCE_SAMPLES, STEP_ZERO, RunFolder, write_json
 from prefopt.schedule import is_due, learning_rate_at
 from prefopt.screen import Screen
 from prefopt_losses import LossError
@@ -50,8 +50,7 @@ def run_training(recipe: Recipe, console: Console) -> dict[str, Any]:
     """
     accelerator = make_accelerator()
     screen = Screen(console if accelerator.is_main_process else Console(quiet=True))
-    with accelerator.main_process_first():
-        folder = claim_folder(recipe, lock=accelerator.is_main_process)
+    folder = claim_together(recipe, accelerator)
     try:
         screen.opening(recipe, folder)
         if folder.result is not None:
@@ -215,7 +214,7 @@ def _evaluate(run: Run) -> bool:
     reference = run.prepared.loss.ranking_term.score.reference
     run.screen.evaluation(run.state.step, run.evaluation, reference=reference)
     metric = run.recipe.checkpoint.best
-    if metric is None:
+    if metric is None or run.state.step == 0:  # the untouched policy has no displacement and no KL to beat
         return False
     value: Any = run.evaluation
     for name in metric.split(".")[1:]:
@@ -224,7 +223,7 @@ def _evaluate(run: Run) -> bool:
     if best is not None and BEST[metric](best[0], value) == best[0]:
         return False
     run.advance(best=(float(value), run.state.step))
-    return run.state.step > 0
+    return True
 
 
 def _flat_numbers(measures: dict[str, Any], prefix: str = "eval/") -> dict[str, float]:

@@ -240,7 +240,7 @@ def test_data_written_as_a_path_must_exist(path: str) -> None:
 def test_hub_names_are_not_looked_up_and_files_are_found(tmp_path: Path) -> None:
     load_recipe("dpo", ["data.train=owner/name"])
     (tmp_path / "pairs.jsonl").write_text("{}\n")
-    load_recipe("dpo", [f"data.train={tmp_path}/pairs.jsonl", f"data.eval={tmp_path}/*.jsonl", f"model={tmp_path}"])
+    load_recipe("dpo", [f"data.train={tmp_path}/pairs.jsonl", f"data.eval={tmp_path}", f"model={tmp_path}"])
     nearly = problems_of("dpo", f"data.train={tmp_path}/pair.jsonl")["data.train"]
     assert nearly.fix == f'did you mean "{tmp_path}/pairs.jsonl"?'
 

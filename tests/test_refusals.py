@@ -125,15 +125,17 @@ def test_a_best_metric_that_is_not_measured_is_refused_before_training(tmp_path,
 
 def test_a_reference_of_another_vocabulary_is_refused(tmp_path):
     other = make_model(tmp_path / "other")
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"w3":', '"x3":'))
+    assert "reference.model" in refused(tmp_path, ModelError, reference={"model": str(other)})
+
+
+def test_a_reference_with_tokens_of_its_own_is_accepted(tmp_path):
+    other = make_model(tmp_path / "other")
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["new"])
     tokenizer.save_pretrained(other)
-    refused(tmp_path, reference={"model": str(other)})  # the new token has no id in the policy
-    (tmp_path / "third").mkdir()
-    shutil.copytree(other, tmp_path / "third", dirs_exist_ok=True)
-    text = (tmp_path / "third" / "tokenizer.json").read_text()
-    (tmp_path / "third" / "tokenizer.json").write_text(text.replace('"w3":', '"x3":'))
-    assert "reference.model" in refused(tmp_path, ModelError, reference={"model": str(tmp_path / "third")})
+    assert train(tmp_path, reference={"model": str(other)})["status"] == "finished"
 
 
 def test_a_reference_that_is_another_model_of_the_same_family_is_accepted(tmp_path):
@@ -146,6 +148,35 @@ def test_data_that_changed_under_a_run_are_noticed(tmp_path):
     train(tmp_path)
     make_pairs(tmp_path / "pairs.jsonl", 30, seed=7)
     assert "content of" in refused(tmp_path, RecipeError)
+
+
+def test_a_file_added_to_a_data_folder_is_noticed_and_a_readme_of_the_model_is_not(tmp_path):
+    (tmp_path / "rows").mkdir()
+    make_pairs(tmp_path / "rows" / "a.jsonl")
+    data = {"train": str(tmp_path / "rows")}
+    first = train(tmp_path, data=data)
+    (tmp_path / "base" / "README.md").write_text("about this model")
+    assert train(tmp_path, data=data) == first
+    make_pairs(tmp_path / "rows" / "b.jsonl", seed=3)
+    assert "content of" in refused(tmp_path, RecipeError, data=data)
+
+
+def test_a_folder_that_another_run_is_setting_up_is_passed_by(tmp_path, monkeypatch):
+    from prefopt.run_folder import claim_folder
+
+    monkeypatch.chdir(tmp_path)
+    holder = claim_folder(make_recipe(tmp_path, output="runs/{recipe}"))
+    other = claim_folder(make_recipe(tmp_path, output="runs/{recipe}", loss="ipo"))
+    assert (holder.path.name, other.path.name) == ("test", "test-ipo")
+    holder.release()
+    other.release()
+
+
+def test_an_end_of_sequence_token_is_not_unknown_text(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.unk_token = tokenizer.eos_token
+    tokenizer.save_pretrained(make_model(tmp_path / "base"))
+    assert train(tmp_path)["data"]["unknown_tokens"] == 0
 
 
 def test_a_run_that_failed_before_it_began_leaves_its_folder_free(tmp_path):

@@ -69,7 +69,8 @@ def load_data(settings: DataSettings, tokenizer: Any, *, seed: int, quiet: bool 
     else:
         eval_set = None
     train_set = _dataset(train, known, rows, paired, by_prompt=settings.group_by_prompt)
-    unknown = 0.0 if tokenizer.unk_token_id is None else train_set.share_of(tokenizer.unk_token_id)
+    used = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, None)  # GPT-2's is its EOS
+    unknown = 0.0 if tokenizer.unk_token_id in used else train_set.share_of(tokenizer.unk_token_id)
     _refuse_unknown_text(unknown, tokenizer)
     report = DataReport(
         sources=tuple(_source_report(each) for each in train + held),

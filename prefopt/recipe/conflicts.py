@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic_core import PydanticCustomError
@@ -92,6 +93,11 @@ def _placeholders(recipe: Recipe) -> Iterator[Conflict]:
     rest = recipe.output.replace("{recipe}", "")
     if "{" in rest or "}" in rest:
         problem = Problem("output", "a folder; {recipe} is the only placeholder", recipe.output)
+        yield Conflict(("output",), problem)
+    try:
+        Path(recipe.output).expanduser()
+    except RuntimeError:
+        problem = Problem("output", "a folder", f"{recipe.output}: there is no such user", "write the path in full")
         yield Conflict(("output",), problem)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from difflib import get_close_matches
-from glob import glob, has_magic
 from pathlib import Path
 
 from prefopt.errors import Problem
@@ -46,8 +45,7 @@ def _written_paths(key: str, sources: Sources | None) -> list[tuple[str, str]]:
 
 
 def _exists(path: str) -> bool:
-    expanded = Path(path).expanduser()
-    return expanded.exists() or (has_magic(path) and bool(glob(str(expanded))))
+    return Path(path).expanduser().exists()
 
 
 def _missing(where: str, written: str, expected: str) -> Problem:

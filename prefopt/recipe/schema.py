@@ -248,7 +248,7 @@ class Recipe(Section):
     tracking: TrackingRecipe = TrackingRecipe()
     output: Text = "runs/{recipe}"
     """The run folder; `{recipe}` is the name of the file. Running again resumes."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of everything that is random."""
 
     _name: str = PrivateAttr(default="recipe")
