@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +61,14 @@ def test_two_processes_train_what_one_does(tmp_path):
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-5, msg=name)
     assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
+    # Lose the end of the two-process run, and let two processes go on from the checkpoint before it.
+    (tmp_path / "two" / "result.json").unlink()
+    shutil.rmtree(sorted((tmp_path / "two" / "checkpoints").glob("step-*"))[-1])
+    subprocess.run(
+        command(recipe, tmp_path / "two", *launch), check=True, capture_output=True, env=environment(tmp_path / "cache")
+    )
+    again = weights(tmp_path / "two")
+    assert all(torch.equal(two[name], again[name]) for name in two)
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_undisturbed_one(tmp_path):
