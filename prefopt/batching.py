@@ -211,8 +211,3 @@ class _Row:
 
 def _joined(parts: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))
-
-
-def unshared(group: PromptGroup) -> list[PromptGroup]:
-    """Return the group as one group per completion, without comparisons: no prompt is shared."""
-    return [PromptGroup(group.prompt, (completion,), ()) for completion in group.completions]

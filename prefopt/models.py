@@ -288,8 +288,3 @@ def switch_off_dropout(model: nn.Module) -> int:
                 setattr(module, name, 0.0)
                 count += 1
     return count
-
-
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that the optimizer moves."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]

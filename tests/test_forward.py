@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, UNSHARED, group, tiny_model
+from tiny import ARCHITECTURES, UNSHARED, group, tiny_model, unshared
 
-from prefopt.batching import make_batch, unshared
+from prefopt.batching import make_batch
 from prefopt.data.groups import PromptGroup
 from prefopt.errors import ModelError
 from prefopt.forward import Scorer

@@ -31,7 +31,6 @@ FLOORS = [
     ["result"],
     ["train"],
     ["evaluate_run", "preflight"],
-    ["integrations"],
     ["cli", "__main__"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

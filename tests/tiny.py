@@ -77,3 +77,8 @@ def group(
         tuple(generator.integers(3, VOCABULARY, length) for length in completions),
         comparisons or default,
     )
+
+
+def unshared(group: PromptGroup) -> list[PromptGroup]:
+    """Return the group as one group per completion, without comparisons: no prompt is shared."""
+    return [PromptGroup(group.prompt, (completion,), ()) for completion in group.completions]
