@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from prefopt.attention import ARGUMENT, NAME, AttentionPlan
 from prefopt.batching import RaggedBatch
+from prefopt.memory import trim
 from prefopt_losses.logps import token_logps_from_hidden, token_logps_from_logits
 
 Layout = Literal["shared", "unshared"]
@@ -171,5 +172,7 @@ def score(
             with autocast(device, precision):
                 result = scorer(moved)
             yield moved, result
+            del moved, result
+            trim(device)
     finally:
         scorer.train(was_training)

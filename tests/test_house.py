@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the ground up: a room imports rooms of its own floor or below.
 FLOORS = [
-    ["errors", "paths", "schedule"],
+    ["errors", "memory", "paths", "schedule"],
     ["recipe"],
     ["data", "sandbox"],
     ["batching", "models"],

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from prefopt.data.groups import GroupDataset, PromptGroup
 from prefopt.forward import Layout, Scorer
 from prefopt.layout import probe_group, settle_layout
+from prefopt.memory import free_models
 from prefopt.models import ModelSource, default_device, load_model
 from prefopt.paths import cache_root
 from prefopt.prepare import Prepared, reference_source, resolve_token_budget
@@ -96,7 +95,7 @@ def _lazy_scorer(source: ModelSource, recipe: Recipe, dataset: GroupDataset) -> 
         yield scorer
     finally:
         loaded.clear()
-        free_memory()
+        free_models()
 
 
 def load_reference(source: ModelSource, recipe: Recipe, probe: PromptGroup, *, layout: Layout | None = None) -> Scorer:
@@ -122,11 +121,4 @@ def reference_in_memory(
         yield scorer
     finally:
         del scorer
-        free_memory()
-
-
-def free_memory() -> None:
-    """Give memory of dropped models back to the accelerator; on a CPU it is back when the last name is gone."""
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_models()
