@@ -126,7 +126,7 @@ def settle_layout(scorer: Scorer, recipe: Recipe, probe: PromptGroup) -> LayoutC
     wanted = "unshared" if drops else recipe.model.attention
     held_in = next(scorer.parameters()).dtype
     dtype = held_in if held_in in (torch.float16, torch.bfloat16) else compute_dtype("fp32")
-    if recipe.model.quantization != "none" or recipe.reference.quantization != "none":
+    if getattr(scorer.language_model, "is_quantized", False):
         dtype = compute_dtype(recipe.train.precision)
     return choose_layout(scorer, probe, wanted=wanted, dtype=dtype)
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from prefopt.data.groups import GroupDataset
 from prefopt.data.load import LoadedData, load_data
 from prefopt.errors import DataError, ModelError, Problem
 from prefopt.forward import compute_dtype
@@ -33,11 +32,6 @@ class Prepared:
     tokenizer: Any
     data: LoadedData
     loss: Loss
-
-    @property
-    def eval_data(self) -> GroupDataset | None:
-        """Held-out groups; None where the recipe holds nothing out."""
-        return self.data.eval
 
 
 def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:

@@ -164,7 +164,8 @@ def _optimizer_step(run: Run, plan: Step, rate: float, sums: MetricSums) -> torc
                     tokens_per_example=plan.chosen_tokens / plan.comparisons, check=on_cpu,
                 )  # fmt: skip
             except LossError as error:
-                raise _not_finite(run, str(error)) from error
+                rows = ", ".join(map(str, batch.rows))
+                raise _not_finite(run, f"{error} (rows of the data in this micro-batch: {rows})") from error
             share = 0.0 if spare else world / plan.comparisons  # data-parallel wrappers average over processes
             accelerator.backward(losses.sum() * share)
         if not spare:
