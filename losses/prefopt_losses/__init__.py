@@ -11,38 +11,21 @@ Or one function per method: `dpo_loss`, `ipo_loss`, `simpo_loss`, ... The table 
 
 from __future__ import annotations
 
+from prefopt_losses import functional
 from prefopt_losses.convex import FUNCTIONS
 from prefopt_losses.errors import LossError
-from prefopt_losses.functional import (
-    apo_down_loss,
-    apo_zero_loss,
-    bco_pair_loss,
-    cdpo_loss,
-    cpo_loss,
-    dpo_loss,
-    gpo_exponential_loss,
-    gpo_loss,
-    gpo_savage_loss,
-    gpo_squared_loss,
-    gpo_truncated_quadratic_loss,
-    hinge_loss,
-    ipo_loss,
-    nca_pair_loss,
-    orpo_loss,
-    robust_dpo_loss,
-    sft_loss,
-    simpo_loss,
-    slic_hf_loss,
-    sppo_hard_loss,
-)
-from prefopt_losses.inputs import LogProbs, UnpairedLogProbs
+from prefopt_losses.functional import *  # noqa: F403 - one function per method
+from prefopt_losses.inputs import ListLogProbs, LogProbs, UnpairedLogProbs
+from prefopt_losses.list_terms import ListTerm
 from prefopt_losses.logps import token_logps_from_hidden, token_logps_from_logits
 from prefopt_losses.lookup import get_loss, loss_from_config
-from prefopt_losses.loss import Loss, Needs
-from prefopt_losses.methods import METHODS, Method
+from prefopt_losses.loss import Loss
+from prefopt_losses.method import Method
+from prefopt_losses.methods import METHODS
 from prefopt_losses.metrics import accuracies, likelihood_displacement, loss_metrics
-from prefopt_losses.score import LINKS, Score
-from prefopt_losses.terms import CHOSEN, NEGATED_CHOSEN, PAIR, REJECTED, FromRecord, Term
+from prefopt_losses.needs import Needs
+from prefopt_losses.score import LINKS, Score, TokenWeights
+from prefopt_losses.terms import CHOSEN, NEGATED_CHOSEN, PAIR, REJECTED, FromRecord, Running, Term
 
 __all__ = [
     "CHOSEN",
@@ -53,39 +36,24 @@ __all__ = [
     "PAIR",
     "REJECTED",
     "FromRecord",
+    "ListLogProbs",
+    "ListTerm",
     "LogProbs",
     "Loss",
     "LossError",
     "Method",
     "Needs",
+    "Running",
     "Score",
     "Term",
+    "TokenWeights",
     "UnpairedLogProbs",
     "accuracies",
-    "apo_down_loss",
-    "apo_zero_loss",
-    "bco_pair_loss",
-    "cdpo_loss",
-    "cpo_loss",
-    "dpo_loss",
     "get_loss",
-    "gpo_exponential_loss",
-    "gpo_loss",
-    "gpo_savage_loss",
-    "gpo_squared_loss",
-    "gpo_truncated_quadratic_loss",
-    "hinge_loss",
-    "ipo_loss",
     "likelihood_displacement",
     "loss_from_config",
     "loss_metrics",
-    "nca_pair_loss",
-    "orpo_loss",
-    "robust_dpo_loss",
-    "sft_loss",
-    "simpo_loss",
-    "slic_hf_loss",
-    "sppo_hard_loss",
     "token_logps_from_hidden",
     "token_logps_from_logits",
+    *functional.__all__,
 ]

@@ -13,7 +13,7 @@ says all; functional.pyi holds the same signatures for editors and type checkers
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import Parameter
 from itertools import product
 from typing import get_type_hints
@@ -21,26 +21,34 @@ from typing import get_type_hints
 from torch import Tensor
 
 from prefopt_losses.hyperparameters import schema
-from prefopt_losses.inputs import TENSORS, LogProbs
+from prefopt_losses.inputs import ListLogProbs, LogProbs
 from prefopt_losses.lookup import get_loss
 from prefopt_losses.loss import Needs
 from prefopt_losses.methods import METHODS
+from prefopt_losses.tensors import LIST_TENSORS, PAIR_TENSORS, shape_of
 
 # Keyword-only, for they refine a loss rather than feed it.
-KEYWORD_TENSORS = ("preference_probability", "tokens_per_example")
+KEYWORD_TENSORS = ("preference_probability",)
+EXTRAS = {
+    "tokens_per_example": "number; mean chosen tokens per example over the optimizer step (this batch's if None).",
+    "state": "numbers carried from step to step, `Loss.advance` (those of this batch alone if None).",
+    "draw": "number of this draw of tokens; give the step's, so that every step draws anew.",
+    "lists": "(completions,), int64, which prompt's list each completion belongs to, from 0 without gaps.",
+}
+"""Fields of the records that are no tensors of the table."""
 
 
 def loss_function(name: str) -> Callable[..., Tensor]:
     """Return the method as a function of tensors, with signature and docstring of its own."""
     parameters = _parameters(name)
-    tensor_names = {parameter.name for parameter in parameters} - set(schema(METHODS[name].make))
-    tensor_signature = inspect.Signature([p for p in parameters if p.name in tensor_names])
+    field_names = {parameter.name for parameter in parameters} - set(schema(METHODS[name].make))
+    field_signature = inspect.Signature([p for p in parameters if p.name in field_names])
+    record = ListLogProbs if get_loss(name).needs.lists else LogProbs
 
     def function(*args: Tensor | None, **kwargs: object) -> Tensor:
-        tensors = {key: value for key, value in kwargs.items() if key in tensor_names}
-        hyperparameters = {key: value for key, value in kwargs.items() if key not in tensor_names}
-        record = LogProbs(**tensor_signature.bind(*args, **tensors).arguments)
-        return get_loss(name, **hyperparameters)(record)
+        given = {key: value for key, value in kwargs.items() if key in field_names}
+        hyperparameters = {key: value for key, value in kwargs.items() if key not in field_names}
+        return get_loss(name, **hyperparameters)(record(**field_signature.bind(*args, **given).arguments))
 
     function.__name__ = function.__qualname__ = f"{name}_loss"
     function.__doc__ = _docstring(name, parameters)
@@ -49,19 +57,33 @@ def loss_function(name: str) -> Callable[..., Tensor]:
 
 
 def _parameters(name: str) -> list[Parameter]:
-    """Tensors that every option reads; lengths that some do (None by default); keyword-only, all the rest."""
+    """Tensors that every option reads; those that some do (None by default); keyword-only, all the rest."""
     options = _needs_of_all_options(name)
-    always = [tensor for tensor in TENSORS if all(tensor in needs.tensors for needs in options)]
-    sometimes = [tensor for tensor in TENSORS if tensor not in always and any(tensor in n.tensors for n in options)]
-    if any(needs.step_tokens for needs in options):
-        sometimes.append("tokens_per_example")
-    positional = Parameter.POSITIONAL_OR_KEYWORD
+    table = {**LIST_TENSORS} if options[0].lists else PAIR_TENSORS
+    always = [tensor for tensor in table if all(tensor in needs.tensors for needs in options)]
+    sometimes = [tensor for tensor in table if tensor not in always and any(tensor in n.tensors for n in options)]
+    positional, keyword = Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY
     return [
         *(Parameter(each, positional, annotation=Tensor) for each in always),
+        *([Parameter("lists", positional, annotation=Tensor)] if options[0].lists else []),
         *(_optional(each, positional) for each in sometimes if each not in KEYWORD_TENSORS),
         *_hyperparameters(name),
-        *(_optional(each, Parameter.KEYWORD_ONLY) for each in sometimes if each in KEYWORD_TENSORS),
+        *(_optional(each, keyword) for each in sometimes if each in KEYWORD_TENSORS),
+        *_extras(name, options),
     ]
+
+
+def _extras(name: str, options: list[Needs]) -> list[Parameter]:
+    """Fields of the record that are no tensors: how a batch lies in its step."""
+    keyword = Parameter.KEYWORD_ONLY
+    extras = []
+    if any(needs.step_tokens for needs in options):
+        extras.append(Parameter("tokens_per_example", keyword, default=None, annotation=float | Tensor | None))
+    if any(needs.state for needs in options):
+        extras.append(Parameter("state", keyword, default=None, annotation=Mapping[str, Tensor] | None))
+    if any(needs.draws for needs in options):
+        extras.append(Parameter("draw", keyword, default=0, annotation=int))
+    return extras
 
 
 def _needs_of_all_options(name: str) -> list[Needs]:
@@ -78,14 +100,14 @@ def _hyperparameters(name: str) -> list[Parameter]:
 
 
 def _optional(name: str, kind: inspect._ParameterKind) -> Parameter:
-    annotation = float | Tensor | None if name == "tokens_per_example" else Tensor | None
-    return Parameter(name, kind, default=None, annotation=annotation)
+    return Parameter(name, kind, default=None, annotation=Tensor | None)
 
 
 def _docstring(name: str, parameters: list[Parameter]) -> str:
     method = METHODS[name]
     prose, _, hyperparameters = (inspect.getdoc(method.make) or "").partition("\nArgs:\n")
-    tensors = [f"    {p.name}: {_meaning(p)}" for p in parameters if p.name in (*TENSORS, "tokens_per_example")]
+    known = (*PAIR_TENSORS, *LIST_TENSORS, *EXTRAS)
+    tensors = [f"    {p.name}: {_meaning(p)}" for p in parameters if p.name in known]
     source = ", ".join(filter(None, (method.paper, method.equation, method.link)))
     return "\n".join(
         [
@@ -95,7 +117,7 @@ def _docstring(name: str, parameters: list[Parameter]) -> str:
             *tensors,
             f"{hyperparameters.rstrip()}\n",
             "Returns:",
-            "    (batch,), one value per example, unreduced; fp32 or wider.\n",
+            f"    {_values(name)}, unreduced; fp32 or wider.\n",
             "Raises:",
             "    LossError: a hyper-parameter out of range; a tensor missing, misshapen or not finite.\n",
             f"Source: {source}.",
@@ -104,32 +126,17 @@ def _docstring(name: str, parameters: list[Parameter]) -> str:
     )
 
 
+def _values(name: str) -> str:
+    return "(lists,), one value per list" if get_loss(name).needs.lists else "(batch,), one value per example"
+
+
 def _meaning(parameter: Parameter) -> str:
-    if parameter.name == "tokens_per_example":
-        return "number; mean chosen tokens per example over the optimizer step (this batch's if None)."
+    if parameter.name in EXTRAS:
+        return EXTRAS[parameter.name]
     condition = " Read only by some options." if parameter.default is None else ""
-    return f"(batch,), {TENSORS[parameter.name]}.{condition}"
+    meaning = {**PAIR_TENSORS, **LIST_TENSORS}[parameter.name]
+    return f"{shape_of(parameter.name)}, {meaning}.{condition}"
 
-
-apo_down_loss = loss_function("apo_down")
-apo_zero_loss = loss_function("apo_zero")
-bco_pair_loss = loss_function("bco_pair")
-cdpo_loss = loss_function("cdpo")
-cpo_loss = loss_function("cpo")
-dpo_loss = loss_function("dpo")
-gpo_exponential_loss = loss_function("gpo_exponential")
-gpo_loss = loss_function("gpo")
-gpo_savage_loss = loss_function("gpo_savage")
-gpo_squared_loss = loss_function("gpo_squared")
-gpo_truncated_quadratic_loss = loss_function("gpo_truncated_quadratic")
-hinge_loss = loss_function("hinge")
-ipo_loss = loss_function("ipo")
-nca_pair_loss = loss_function("nca_pair")
-orpo_loss = loss_function("orpo")
-robust_dpo_loss = loss_function("robust_dpo")
-sft_loss = loss_function("sft")
-simpo_loss = loss_function("simpo")
-slic_hf_loss = loss_function("slic_hf")
-sppo_hard_loss = loss_function("sppo_hard")
 
 __all__ = [f"{name}_loss" for name in METHODS]
+globals().update({name: loss_function(name.removesuffix("_loss")) for name in __all__})

@@ -1,8 +1,10 @@
 # Written by `python -m prefopt_losses.readme`; do not edit.
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from torch import Tensor
+
+__all__: list[str]
 
 def loss_function(name: str) -> Callable[..., Tensor]: ...
 def dpo_loss(

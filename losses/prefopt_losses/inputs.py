@@ -1,41 +1,31 @@
-"""What a loss is given, and the checks that it can use it.
+"""What a loss is given: three records.
 
-Two records: `LogProbs` (two completions of one prompt per example) and `UnpairedLogProbs` (one completion per
-example, desirable or not). Shapes, dtypes and devices are checked when a record is made; values (NaN, empty
-completions) when a loss reads them, with one device synchronisation.
+`LogProbs`          two completions of one prompt per example
+`UnpairedLogProbs`  one completion per example, desirable or not
+`ListLogProbs`      any number of completions per prompt, each with a score
+
+A loss reads only the tensors that its `needs` name; the rest may be None. What each tensor holds stands in
+`prefopt_losses.tensors`. Log-probs are in nats, summed over completion tokens (never averaged: losses that want
+means divide by the lengths themselves).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from prefopt_losses.errors import LossError
-
-# What each tensor holds; error messages and the docstrings of the named losses are written from it.
-_SUMMED = "log-probs of the {} completions, nats, summed over completion tokens"
-_COUNTED = "scored tokens of the {} completions: the very tokens whose log-probs were summed"
-TENSORS: dict[str, str] = {
-    "chosen_logps": "policy " + _SUMMED.format("chosen"),
-    "rejected_logps": "policy " + _SUMMED.format("rejected"),
-    "ref_chosen_logps": "reference " + _SUMMED.format("chosen"),
-    "ref_rejected_logps": "reference " + _SUMMED.format("rejected"),
-    "chosen_lengths": _COUNTED.format("chosen"),
-    "rejected_lengths": _COUNTED.format("rejected"),
-    "preference_probability": "probability that the chosen completion is the better one, between 0 and 1",
-}
+from prefopt_losses.tensors import LIST_TENSORS, PAIR_TENSORS, check_form
 
 
 @dataclass(frozen=True, eq=False)
 class LogProbs:
-    """A batch of comparisons: one chosen and one rejected completion per example; all tensors (batch,).
+    """A batch of comparisons: one chosen and one rejected completion per example; tensors (batch,) unless said.
 
-    Log-probs are in nats, summed over completion tokens (never averaged: losses that want means divide by
-    the lengths themselves). A loss reads only what its `needs` name; the rest may be None.
-
-    Raises LossError for tensors that are not (batch,), of different batch sizes or on different devices.
+    Raises LossError for tensors of the wrong shape, of different batch sizes or on different devices.
     """
 
     chosen_logps: Tensor | None = None
@@ -48,21 +38,40 @@ class LogProbs:
     tokens_per_example: float | Tensor | None = None
     """Mean chosen tokens per example over the whole optimizer step. With it a token-mean NLL decomposes
     over micro-batches and ranks; without it the mean is taken over this batch."""
+    chosen_scores: Tensor | None = None
+    """(batch,), or (batch, models) of an ensemble."""
+    rejected_scores: Tensor | None = None
+    values: Tensor | None = None
+    gold_logps: Tensor | None = None
+    gold_lengths: Tensor | None = None
+    chosen_token_logps: Tensor | None = None
+    """(batch, tokens), as the three below."""
+    rejected_token_logps: Tensor | None = None
+    ref_chosen_token_logps: Tensor | None = None
+    ref_rejected_token_logps: Tensor | None = None
+    chosen_relative_logps: Tensor | None = None
+    rejected_relative_logps: Tensor | None = None
+    chosen_sequential_kl: Tensor | None = None
+    rejected_sequential_kl: Tensor | None = None
+    mismatched_logps: Tensor | None = None
+    ref_mismatched_logps: Tensor | None = None
+    desirable: Tensor | None = None
+    """Of unpaired feedback laid out as pairs: True where the chosen side is the real one. None for pairs."""
+    state: Mapping[str, Tensor] | None = None
+    """Running numbers of the loss, after this batch (`Loss.advance`); None: those of this batch alone."""
+    draw: int = 0
+    """Number of this draw, for losses that sample tokens; give the step's, so that every step draws anew."""
 
     def __post_init__(self) -> None:
-        _check_form(_tensors_of(self), TENSORS)
-        step_tokens = self.tokens_per_example
-        if isinstance(step_tokens, (int, float)) and not step_tokens > 0:
-            raise LossError(f"tokens_per_example: expected a positive number, given {step_tokens}")
-        if isinstance(step_tokens, Tensor) and step_tokens.ndim:
-            raise LossError(f"tokens_per_example: expected one number, given {tuple(step_tokens.shape)}")
+        check_form(_tensors_of(self), PAIR_TENSORS)
+        _check_tokens_per_example(self.tokens_per_example)
 
 
 @dataclass(frozen=True, eq=False)
 class UnpairedLogProbs:
     """A batch of single completions, each desirable or not; all tensors (batch,), units as in `LogProbs`.
 
-    Raises LossError for tensors that are not (batch,), of different batch sizes or on different devices.
+    Raises LossError for tensors of the wrong shape, of different batch sizes or on different devices.
     """
 
     logps: Tensor
@@ -72,10 +81,15 @@ class UnpairedLogProbs:
     lengths: Tensor | None = None
     tokens_per_example: float | Tensor | None = None
     """Desirable tokens of the whole optimizer step / all its examples; see `LogProbs`."""
+    scores: Tensor | None = None
+    values: Tensor | None = None
+    mismatched_logps: Tensor | None = None
+    ref_mismatched_logps: Tensor | None = None
+    state: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
-        tensors = _tensors_of(self)
-        _check_form(tensors, ("logps", "desirable", "ref_logps", "lengths"))
+        names = ("logps", "desirable", "ref_logps", "lengths", "scores", "values")
+        check_form(_tensors_of(self), (*names, "mismatched_logps", "ref_mismatched_logps"))
         if self.desirable.dtype != torch.bool:
             raise LossError(
                 f"desirable: expected a bool tensor, given {self.desirable.dtype}. "
@@ -98,25 +112,42 @@ class UnpairedLogProbs:
             chosen_lengths=self.lengths,
             rejected_lengths=self.lengths,
             tokens_per_example=step_tokens,
+            chosen_scores=self.scores,
+            rejected_scores=self.scores,
+            values=self.values,
+            mismatched_logps=self.mismatched_logps,
+            ref_mismatched_logps=self.ref_mismatched_logps,
+            desirable=self.desirable,
+            state=self.state,
         )
 
 
-def require(record: LogProbs, names: tuple[str, ...], reader: str, *, check: bool = True) -> None:
-    """Raise LossError unless every named tensor of the record is there and its values can be used.
+@dataclass(frozen=True, eq=False)
+class ListLogProbs:
+    """Completions of several prompts, K of each, in one flat row; all tensors (completions,).
 
-    Log-probs must be finite, lengths at least 1, probabilities between 0 and 1. `check=False` skips the look
-    at the values, which synchronises the device once.
+    Raises LossError for tensors of the wrong shape, of different sizes or on different devices.
     """
-    missing = [name for name in names if getattr(record, name) is None]
-    if missing:
-        raise LossError(_missing(name, reader, record) for name in missing)
-    if not check or torch.compiler.is_compiling():
-        return
-    tensors = {name: getattr(record, name).detach() for name in names}
-    sound = torch.stack([_sound(name, tensor) for name, tensor in tensors.items()])
-    if not bool(sound.all()):
-        verdicts = zip(tensors.items(), sound)
-        raise LossError(_unsound(name, tensor, rows) for (name, tensor), rows in verdicts if not rows.all())
+
+    logps: Tensor
+    lists: Tensor
+    """int64, which prompt's list each completion belongs to, counted from 0 without gaps."""
+    scores: Tensor | None = None
+    """Higher is better; minus the rank where there are only ranks."""
+    ref_logps: Tensor | None = None
+    lengths: Tensor | None = None
+    count: int | None = None
+    """Number of lists; None reads it off `lists`, with one device synchronisation."""
+
+    def __post_init__(self) -> None:
+        check_form(_tensors_of(self), (*LIST_TENSORS, "lists"))
+        if self.lists.dtype != torch.int64:
+            raise LossError(f"lists: expected int64 numbers of lists, given {self.lists.dtype}.")
+
+    @property
+    def size(self) -> int:
+        """Number of lists."""
+        return int(self.lists.max()) + 1 if self.count is None else self.count
 
 
 def _tensors_of(record: object) -> dict[str, object]:
@@ -124,59 +155,8 @@ def _tensors_of(record: object) -> dict[str, object]:
     return {name: value for name, value in named.items() if value is not None}
 
 
-def _check_form(given: dict[str, object], names: dict[str, str] | tuple[str, ...]) -> None:
-    problems = []
-    first: tuple[str, Tensor] | None = None
-    for name in names:
-        if name not in given:
-            continue
-        value = given[name]
-        if not isinstance(value, Tensor):
-            problems.append(f"{name}: expected a tensor of shape (batch,), given {type(value).__name__}")
-        elif value.ndim != 1:
-            shape = tuple(value.shape)
-            problems.append(f"{name}: expected shape (batch,), given {shape}. {_reshape_hint(name)}")
-        elif "logps" in name and not value.is_floating_point():
-            problems.append(f"{name}: expected floating-point log-probs in nats, given {value.dtype}")
-        elif first is None:
-            first = (name, value)
-        elif value.shape != first[1].shape or value.device != first[1].device:
-            problems.append(
-                f"{name}: expected shape {tuple(first[1].shape)} on {first[1].device} like {first[0]}, "
-                f"given {tuple(value.shape)} on {value.device}"
-            )
-    if problems:
-        raise LossError(problems)
-
-
-def _reshape_hint(name: str) -> str:
-    if "logps" in name:
-        return "Sum per-token log-probs over the completion mask first: (logps * mask).sum(-1)."
-    return "One number per example is needed."
-
-
-def _missing(name: str, reader: str, record: LogProbs) -> str:
-    known = next((getattr(record, other) for other in TENSORS if getattr(record, other) is not None), None)
-    shape = "(batch,)" if known is None else str(tuple(known.shape))
-    return f"{name}: {reader} needs it and it is missing. Pass a tensor of shape {shape}: {TENSORS[name]}."
-
-
-def _sound(name: str, tensor: Tensor) -> Tensor:
-    if name.endswith("lengths"):
-        return tensor >= 1
-    if name == "preference_probability":
-        return (tensor >= 0) & (tensor <= 1)
-    return tensor.isfinite()
-
-
-def _unsound(name: str, tensor: Tensor, sound: Tensor) -> str:
-    rows = (~sound).nonzero().flatten().tolist()
-    shown = ", ".join(f"{row} ({tensor[row].item():g})" for row in rows[:8])
-    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-    if name.endswith("lengths"):
-        wish = "expected at least one scored token; drop examples whose completion was truncated away"
-    elif name == "preference_probability":
-        wish = "expected probabilities between 0 and 1"
-    else:
-        wish = "expected finite log-probs; look at these examples and at the forward pass that scored them"
-    return f"{name}: {wish}. Given, by row: {shown}{more} of shape {tuple(tensor.shape)}"
+def _check_tokens_per_example(step_tokens: float | Tensor | None) -> None:
+    if isinstance(step_tokens, (int, float)) and not step_tokens > 0:
+        raise LossError(f"tokens_per_example: expected a positive number, given {step_tokens}")
+    if isinstance(step_tokens, Tensor) and step_tokens.ndim:
+        raise LossError(f"tokens_per_example: expected one number, given {tuple(step_tokens.shape)}")

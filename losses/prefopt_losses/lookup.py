@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from prefopt_losses.errors import LossError, suggest
 from prefopt_losses.hyperparameters import check
 from prefopt_losses.loss import Loss
-from prefopt_losses.methods import METHODS, OTHER_HYPERPARAMETERS, OTHER_NAMES
+from prefopt_losses.methods import METHODS, OTHER_NAMES
 
 LossConfig: TypeAlias = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 
@@ -76,7 +76,7 @@ def _method(name: str, given: Mapping[str, Any], where: str, also: tuple[str, ..
     if name not in METHODS:
         raise LossError(f"{where}: no loss {name!r}.{_instead(name)} Known: {', '.join(METHODS)}.")
     method = METHODS[name]
-    hyperparameters, problems = check(method.make, given, where, OTHER_HYPERPARAMETERS.get(name, {}), also)
+    hyperparameters, problems = check(method.make, given, where, method.foreign, also)
     if problems:
         raise LossError(problems)
     try:

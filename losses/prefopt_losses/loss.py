@@ -12,53 +12,21 @@ A published method brings its terms from the table; a loss of one's own is `Loss
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prefopt_losses.conventions import conventions_of
 from prefopt_losses.errors import LossError
-from prefopt_losses.inputs import TENSORS, LogProbs, UnpairedLogProbs, require
-from prefopt_losses.terms import PAIR, FromRecord, Term, function_name
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a loss reads, and whether it compares two completions."""
-
-    tensors: tuple[str, ...]
-    """Fields of `LogProbs` that must be there."""
-    pairs: bool
-    """True: it contrasts chosen with rejected and cannot be used on unpaired feedback."""
-    step_tokens: bool
-    """True: it holds a token mean, which decomposes over micro-batches only with `tokens_per_example`."""
-
-    @property
-    def reference(self) -> bool:
-        """Whether reference log-probs are needed."""
-        return "ref_chosen_logps" in self.tensors or "ref_rejected_logps" in self.tensors
-
-    @property
-    def chosen(self) -> bool:
-        """Whether chosen completions are needed."""
-        return "chosen_logps" in self.tensors
-
-    @property
-    def rejected(self) -> bool:
-        """Whether rejected completions are needed."""
-        return "rejected_logps" in self.tensors
-
-    @property
-    def lengths(self) -> bool:
-        """Whether completion lengths are needed, of either side."""
-        return "chosen_lengths" in self.tensors or "rejected_lengths" in self.tensors
-
-    @property
-    def preference_probability(self) -> bool:
-        """Whether soft labels are needed."""
-        return "preference_probability" in self.tensors
+from prefopt_losses.inputs import ListLogProbs, LogProbs, UnpairedLogProbs
+from prefopt_losses.list_terms import ListTerm
+from prefopt_losses.needs import Needs, needs_of
+from prefopt_losses.tensors import PAIR_TENSORS, require
+from prefopt_losses.terms import PAIR, FromRecord, Running, Term
 
 
 @dataclass(frozen=True)
@@ -66,7 +34,7 @@ class Loss:
     """A preference loss: of one published method, or a weighted sum of several."""
 
     name: str
-    terms: tuple[Term, ...]
+    terms: tuple[Term | ListTerm, ...]
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     """Every hyper-parameter, defaults included; of a sum: by the name of the part, with its weight."""
     note: str = ""
@@ -74,16 +42,25 @@ class Loss:
     parts: tuple[tuple[float, Loss], ...] = ()
     """Of a sum: weights and methods. Empty for one method."""
 
-    def __call__(self, record: LogProbs, *, check: bool = True) -> Tensor:
-        """Return one value per example, shape (batch,), unreduced and differentiable.
+    def __post_init__(self) -> None:
+        if len({isinstance(term, ListTerm) for term in self.terms}) > 1:
+            raise LossError(
+                f"{self.name}: a loss of lists and a loss of pairs cannot be added; they take other batches."
+            )
+        names = [number.name for number in self.running]
+        if len(names) != len(set(names)):
+            raise LossError(f"{self.name}: two parts carry a running {names[0]}; use the method once.")
+
+    def __call__(self, record: LogProbs | ListLogProbs, *, check: bool = True) -> Tensor:
+        """Return one value per example, shape (batch,), unreduced and differentiable; of lists (lists,).
 
         `check=False` skips the look for NaN and empty completions (one device synchronisation). Under
         torch.compile it is skipped anyway.
 
         Raises LossError when the record lacks a tensor the loss needs or holds unusable values.
         """
-        require(record, self.needs.tensors, self.name, check=check)
-        return self._evaluate(record)
+        self._require(record, check=check)
+        return self._evaluate(self._with_state(record) if isinstance(record, LogProbs) else record)
 
     def unpaired(self, record: UnpairedLogProbs, *, check: bool = True) -> Tensor:
         """Return one value per completion, shape (batch,): desirable ones take the chosen terms.
@@ -92,13 +69,14 @@ class Loss:
 
         Raises LossError for a loss that contrasts two completions, and as `__call__` does.
         """
-        if self.needs.pairs:
+        if self.needs.pairs or self.needs.lists:
             raise LossError(
                 f"{self.name}: contrasts chosen with rejected completions, so unpaired feedback will not do. "
-                "Use a loss of single completions (bco_pair, nca_pair, sppo_hard, apo_zero, sft), or pairs."
+                "Use a loss of single completions (kto, bco, nca_pair, sppo_hard, apo_zero, sft), or pairs."
             )
         both = record.both_sides()
-        require(both, self.needs.tensors, self.name, check=check)
+        self._require(both, check=check)
+        both = self._with_state(both)
         return torch.where(record.desirable, self._side(0, both), self._side(1, both))
 
     def margin(self, record: LogProbs) -> Tensor:
@@ -114,25 +92,51 @@ class Loss:
     def rewards(self, record: LogProbs) -> tuple[Tensor, Tensor]:
         """Return beta * s of the chosen and of the rejected completions, each of shape (batch,)."""
         term = self.ranking_term
-        names = term.reads_of("chosen", "rejected")
-        ordered = tuple(name for name in TENSORS if name in names)
-        require(record, ordered, f"the margin of {self.name}", check=False)
-        return term.beta * term.score_chosen(record), term.beta * term.score_rejected(record)
+        require(record, in_order(self.ranking_reads), f"the margin of {self.name}", check=False)
+        beta = term.scale(self._with_state(record))
+        return beta * term.score_chosen(record), beta * term.score_rejected(record)
+
+    def initial_state(self) -> dict[str, Tensor]:
+        """Return the numbers that the loss carries from step to step, before the first one; fp64, on the CPU."""
+        return {number.name: torch.tensor(number.start, dtype=torch.float64) for number in self.running}
+
+    @torch.no_grad()
+    def advance(
+        self, record: LogProbs | UnpairedLogProbs | ListLogProbs, state: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the carried numbers after one more optimizer step; pure.
+
+        Args:
+            record: the whole step's, all micro-batches and processes; never one of evaluation.
+            state: the numbers before it.
+        """
+        pairs = record.both_sides() if isinstance(record, UnpairedLogProbs) else record
+        if not self.running or isinstance(pairs, ListLogProbs):
+            return dict(state)
+        with_state = replace(pairs, state=state)
+        return {number.name: number.update(state[number.name], with_state) for number in self.running}
 
     @property
-    def ranking_term(self) -> Term:
+    def running(self) -> tuple[Running, ...]:
+        """The numbers that the loss carries from step to step."""
+        return tuple(dict.fromkeys(number for term in self.terms for number in term.running))
+
+    @property
+    def ranking_term(self) -> Term | ListTerm:
         """The term whose score and beta define rewards and margins."""
-        return next((term for term in self.terms if term.contrast == PAIR), self.terms[0])
+        return next((term for term in self.terms if term.contrast == PAIR), self._first_contrast)
+
+    @property
+    def ranking_reads(self) -> frozenset[str]:
+        """The fields of `LogProbs` that rewards and margins need."""
+        term = self.ranking_term
+        beta = term.beta.reads if isinstance(term.beta, FromRecord) else ()
+        return term.reads_of("chosen", "rejected").union(beta)
 
     @property
     def needs(self) -> Needs:
-        """What the record must hold."""
-        reads = frozenset().union(*(term.reads for term in self.terms))
-        return Needs(
-            tensors=tuple(name for name in TENSORS if name in reads),
-            pairs=any(all(term.contrast) for term in self.terms),
-            step_tokens=any(term.unit == "token" for term in self.terms),
-        )
+        """What the record must hold, and what else the loss asks of a training loop."""
+        return needs_of(self.terms)
 
     @property
     def config(self) -> dict[str, Any] | list[dict[str, Any]]:
@@ -150,7 +154,7 @@ class Loss:
                 for key, (_, part) in _keyed(self.parts).items()
                 for name, text in part.conventions.items()
             }
-        return _conventions(self)
+        return conventions_of(self)
 
     def __add__(self, other: Loss) -> Loss:
         return _sum(self._as_parts() + other._as_parts()) if isinstance(other, Loss) else NotImplemented
@@ -164,17 +168,47 @@ class Loss:
 
     __rmul__ = __mul__
 
+    @property
+    def _first_contrast(self) -> Term | ListTerm:
+        both = (term for term in self.terms if all(term.contrast))
+        return next(both, next((term for term in self.terms if any(term.contrast)), self.terms[0]))
+
     def _as_parts(self) -> tuple[tuple[float, Loss], ...]:
         return self.parts or ((1.0, self),)
 
-    def _evaluate(self, record: LogProbs) -> Tensor:
+    def _require(self, record: LogProbs | ListLogProbs, *, check: bool) -> None:
+        needs = self.needs
+        if needs.lists != isinstance(record, ListLogProbs):
+            wish = "ListLogProbs (all completions of each prompt)" if needs.lists else "LogProbs (pairs)"
+            raise LossError(f"{self.name}: expected {wish}, given {type(record).__name__}.")
+        require(record, needs.tensors, self.name, check=check)
+        size = next((len(getattr(record, name)) for name in needs.tensors), needs.minimum_batch)
+        if size < needs.minimum_batch:
+            raise LossError(
+                f"{self.name}: expected at least {needs.minimum_batch} examples, for {', '.join(needs.batch)} "
+                f"is taken over the batch, given {size}. Use a larger batch."
+            )
+
+    def _with_state(self, record: LogProbs) -> LogProbs:
+        """Return the record with the carried numbers in it: those of this batch alone where it brings none."""
+        if record.state is not None or not self.running:
+            return record
+        return replace(record, state=self.advance(record, self.initial_state()))
+
+    def _evaluate(self, record: LogProbs | ListLogProbs) -> Tensor:
         if self.parts:
             return _added([weight * part._evaluate(record) for weight, part in self.parts])
-        return _added([term(record) for term in self.terms])
+        return _added([term(record) for term in self.terms])  # type: ignore[arg-type]
 
     def _side(self, side: int, record: LogProbs) -> Tensor:
-        values = [term(record) for term in self.terms if term.contrast[side]]
-        return _added(values) if values else torch.zeros_like(self.terms[0](record))
+        values = [term(record) for term in self.terms if term.contrast[side]]  # type: ignore[arg-type]
+        return _added(values) if values else torch.zeros_like(self.terms[0](record))  # type: ignore[arg-type]
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Return names of pair tensors in the order of their table."""
+    wanted = frozenset(names)
+    return tuple(name for name in PAIR_TENSORS if name in wanted)
 
 
 def _added(values: list[Tensor]) -> Tensor:
@@ -201,35 +235,3 @@ def _keyed(parts: tuple[tuple[float, Loss], ...]) -> dict[str, tuple[float, Loss
         same = sum(other.name == part.name for _, other in keyed.values())
         keyed[f"{part.name}#{same + 1}" if same else part.name] = (weight, part)
     return keyed
-
-
-def _conventions(loss: Loss) -> dict[str, str]:
-    """Spell out the conventions of one method, from the term that ranks."""
-    term = loss.ranking_term
-    per_token = term.score.aggregate == "mean"
-    link = function_name(term.score.link)
-    spelled = {
-        "function": ", ".join(dict.fromkeys(function_name(each.f) for each in loss.terms)),
-        "aggregate": f"{'mean' if per_token else 'sum'} over completion tokens",
-        "reference": "policy minus reference" if term.score.reference else "none",
-        "beta": f"{_spelled_beta(loss, term)} per nat{' per token' if per_token else ''}",
-        "margin": "beta * (s_chosen - s_rejected), before any shift",
-        "label": term.q.name if isinstance(term.q, FromRecord) else f"q = {term.q:g}",
-        "reduction": "none: one value per example; take the mean over the examples of the optimizer step",
-    }
-    if link != "identity":
-        spelled["aggregate"] = f"{link} of the {spelled['aggregate']}"
-    if "beta" not in loss.hyperparameters and term.beta == 1:
-        spelled["beta"] = "1: the method has none"
-    if term.shift != 0.0:
-        spelled["shift"] = f"{term.coordinates()['shift']} in the unit of the score"
-    if loss.needs.step_tokens:
-        spelled["nll"] = "token mean over the optimizer step; over the batch given without tokens_per_example"
-    return spelled | ({"note": loss.note} if loss.note else {})
-
-
-def _spelled_beta(loss: Loss, term: Term) -> str:
-    """The method's own beta, and where it differs (ipo, sppo) the GPO beta that multiplies the contrast."""
-    own = loss.hyperparameters.get("beta")
-    gpo = f"{term.beta:g}"
-    return gpo if own is None or f"{own:g}" == gpo else f"{own:g} (f sees {gpo})"

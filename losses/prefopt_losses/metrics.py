@@ -69,7 +69,7 @@ def loss_metrics(loss: Loss, record: LogProbs) -> dict[str, Tensor]:
 
 
 def _can_rank(loss: Loss, record: LogProbs) -> bool:
-    reads = loss.ranking_term.reads_of("chosen", "rejected")
+    reads = loss.ranking_reads
     return all(getattr(record, name) is not None for name in reads)
 
 

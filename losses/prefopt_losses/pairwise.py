@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from prefopt_losses import convex
-from prefopt_losses.convex import FUNCTIONS, Function
-from prefopt_losses.errors import LossError, suggest
+from prefopt_losses.convex import Function, named_function
 from prefopt_losses.hyperparameters import Positive, Smoothing
 from prefopt_losses.inputs import LogProbs
+from prefopt_losses.method import Method
 from prefopt_losses.score import Score, widened
-from prefopt_losses.terms import Coordinate, FromRecord, Term, function_name
+from prefopt_losses.terms import Coordinate, FromRecord, Term
 
 LOG_RATIO = Score(aggregate="sum", reference=True)
 MEAN_LOG_RATIO = Score(aggregate="mean", reference=True)
@@ -94,12 +93,12 @@ def gpo(*, f: str | Function = "logistic", beta: Positive = 0.1, soft_labels: bo
     """Generalized Preference Optimization: any scalar function of beta times the log-ratio difference.
 
     Args:
-        f: a name (logistic, hinge, squared, exponential, truncated_quadratic, savage, ...) or an elementwise
-            function, tensor to tensor, that falls through x = 0.
+        f: a name (logistic, hinge, squared, exponential, truncated_quadratic, savage, ...), your own as
+            `module:function`, or a function: elementwise, tensor to tensor, falling through x = 0.
         beta: multiplies the difference; equal beta is not equal regularisation, see the table of functions.
         soft_labels: take q = preference_probability instead of 1.
     """
-    return (Term(_function(f), LOG_RATIO, beta=beta, q=_label(soft_labels)),)
+    return (Term(named_function(f), LOG_RATIO, beta=beta, q=_label(soft_labels)),)
 
 
 def gpo_squared(*, beta: Positive = 0.1, soft_labels: bool = False) -> tuple[Term, ...]:
@@ -156,18 +155,42 @@ def _label(soft_labels: bool) -> Coordinate:
     return PREFERENCE_PROBABILITY if soft_labels else 1.0
 
 
-def _function(f: str | Function) -> Function:
-    """Look a name up, or try a user's function on three points before a run depends on it."""
-    if isinstance(f, str):
-        if f not in FUNCTIONS:
-            raise LossError(f"f: no function {f!r}.{suggest(f, FUNCTIONS)} Known: {', '.join(FUNCTIONS)}.")
-        return FUNCTIONS[f]
-    x = torch.linspace(-1, 1, 3)
-    try:
-        value = f(x)
-    except Exception as error:
-        raise LossError(f"f: {function_name(f)} failed on a float tensor of shape (3,): {error}") from error
-    if not isinstance(value, Tensor) or value.shape != x.shape:
-        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise LossError(f"f: {function_name(f)} must be elementwise: expected shape (3,) for (3,), given {given}.")
-    return f
+GPO = ("Tang et al. 2024", "2402.05749", "Table 1")
+_SMOOTHED = "labels are hard here. cdpo mixes with label_smoothing, robust_dpo corrects for it."
+
+# fmt: off
+ROWS: dict[str, Method] = {
+    "dpo": Method(
+        dpo, "-log s(beta rho)", "Rafailov et al. 2023", "2305.18290", "eq. 7", "DPO: sigmoid", also=("sigmoid",),
+        foreign={"label_smoothing": _SMOOTHED},
+    ),
+    "cdpo": Method(
+        cdpo, "-(1 - eps) log s(beta rho) - eps log s(-beta rho)", "Mitchell 2023",
+        web="https://ericmitchell.ai/cdpo.pdf",
+        note="TRL's DPOTrainer since 0.29 accepts label_smoothing with sigmoid and ignores it.",
+    ),
+    "robust_dpo": Method(
+        robust_dpo, "(-(1 - eps) log s(beta rho) + eps log s(-beta rho)) / (1 - 2 eps)", "Chowdhury et al. 2024",
+        "2403.00409", trl="DPO: robust", also=("robust", "rdpo"),
+    ),
+    "ipo": Method(
+        ipo, "(ū_w - ū_l - 1 / (2 tau))^2", "Azar et al. 2023", "2310.12036", "eq. 17", "DPO: ipo",
+        note="beta is the paper's tau: GPO beta = 2 tau. Mean over tokens as its authors and TRL use it; the paper's "
+        "equation, OpenRLHF and the reference DPO code sum (normalize: sum).",
+        foreign={"tau": "it is called beta here, as in TRL.", "label_smoothing": _SMOOTHED},
+    ),
+    "hinge": Method(
+        hinge, "max(0, 1 - beta rho)", "Liu et al. 2023 (RSO)", "2309.06657", trl="DPO: hinge",
+        note="RSO's hinge-norm (its gamma is beta, 0.05 there). TRL credits it to SLiC; slic_hf is that.",
+        also=("rso",),
+        foreign={"label_smoothing": _SMOOTHED, "gamma": "RSO's gamma is beta here.", "delta": "that is slic_hf's."},
+    ),
+    "gpo": Method(gpo, "f(beta rho)", *GPO, note="beta multiplies the summed log-ratios, whatever f is."),
+    "gpo_squared": Method(gpo_squared, "(beta rho - 1)^2", *GPO, also=("squared",)),
+    "gpo_exponential": Method(gpo_exponential, "exp(-beta rho)", *GPO, also=("exponential",)),
+    "gpo_truncated_quadratic": Method(
+        gpo_truncated_quadratic, "max(0, 1 - beta rho)^2", *GPO, also=("truncated_quadratic",),
+    ),
+    "gpo_savage": Method(gpo_savage, "1 / (1 + exp(beta rho))^2", *GPO, also=("savage",)),
+}
+# fmt: on

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from prefopt_losses import convex
 from prefopt_losses.hyperparameters import Positive
+from prefopt_losses.method import Method
 from prefopt_losses.score import Score
 from prefopt_losses.terms import CHOSEN, NEGATED_CHOSEN, PAIR, REJECTED, Term
 
@@ -77,3 +78,31 @@ def apo_down(*, beta: Positive = 0.1) -> tuple[Term, ...]:
         Term(convex.ramp, LOG_RATIO, NEGATED_CHOSEN, beta),
         Term(convex.ramp, LOG_RATIO, PAIR, beta),
     )
+
+
+APO = ("D'Oosterlinck et al. 2024", "2408.06266")
+
+# fmt: off
+ROWS: dict[str, Method] = {
+    "bco_pair": Method(
+        bco_pair, "-log s(beta u_w) - log s(-beta u_l)", "Jung et al. 2024", "2404.04656", trl="DPO: bco_pair",
+        note="Without the paper's reward shift (a running mean), as TRL since 0.29. Default beta as TRL; the paper's "
+        "recipe uses 0.01.",
+        also=("bco",),
+    ),
+    "nca_pair": Method(
+        nca_pair, "-log s(beta u_w) - log s(-beta u_w) / 2 - log s(-beta u_l) / 2", "Chen et al. 2024", "2402.05369",
+        trl="DPO: nca_pair",
+        note="TRL's default beta is 0.1.", also=("nca",),
+    ),
+    "sppo_hard": Method(
+        sppo_hard, "(u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2", "Wu et al. 2024", "2405.00675", "eq. 4.7",
+        "DPO: sppo_hard",
+        note="GPO beta = 2 beta on each side. Sum of the two sides, as TRL; the authors' code takes half. TRL's "
+        "default beta is 0.1.",
+        also=("sppo",),
+    ),
+    "apo_zero": Method(apo_zero, "1 - s(beta u_w) + s(beta u_l)", *APO, "eq. 7", "DPO: apo_zero"),
+    "apo_down": Method(apo_down, "s(beta u_w) + 1 - s(beta rho)", *APO, "eq. 8", "DPO: apo_down"),
+}
+# fmt: on

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from prefopt_losses import functional
 from prefopt_losses.hyperparameters import schema
+from prefopt_losses.list_terms import ListTerm
 from prefopt_losses.lookup import get_loss
-from prefopt_losses.methods import METHODS, Method
+from prefopt_losses.method import Method
+from prefopt_losses.methods import FAMILIES, METHODS
 from prefopt_losses.terms import Term, function_name
 
 STUB = Path(functional.__file__).with_suffix(".pyi")
-FAMILIES = {
-    "pairwise": "A pair against a reference",
-    "reference_free": "Without a reference",
-    "pointwise": "Single completions against a reference",
-}
 
 EXAMPLE = """\
 import torch
@@ -97,7 +95,8 @@ def readme() -> str:
         "| name | f | score | contrast | beta | shift | q | coefficient | weight |",
     ]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
-    lines += [_coordinates(name, term) for name in METHODS for term in get_loss(name).terms]
+    lines += [_coordinates(name, term) for name, term in _all_terms() if isinstance(term, Term)]
+    lines += _list_coordinates()
     return "\n".join(lines) + "\n"
 
 
@@ -105,10 +104,12 @@ def stub() -> str:
     """Return functional.pyi: the signatures of the named functions."""
     lines = [
         "# Written by `python -m prefopt_losses.readme`; do not edit.",
-        "from collections.abc import Callable",
+        "from collections.abc import Callable, Mapping",
         "from typing import Literal",
         "",
         "from torch import Tensor",
+        "",
+        "__all__: list[str]",
         "",
         "def loss_function(name: str) -> Callable[..., Tensor]: ...",
     ]
@@ -142,6 +143,23 @@ def _coordinates(name: str, term: Term) -> str:
     contrast = "({:g}, {:g})".format(*term.contrast)
     rest = " | ".join(_number(c[key]) for key in ("beta", "shift", "q", "coefficient", "weight"))
     return f"| `{name}` | {c['f']} | {score} | {contrast} | {rest} |"
+
+
+def _all_terms() -> Iterator[tuple[str, Term | ListTerm]]:
+    return ((name, term) for name in METHODS for term in get_loss(name).terms)
+
+
+def _list_coordinates() -> list[str]:
+    rows = [(name, term.coordinates()) for name, term in _all_terms() if isinstance(term, ListTerm)]
+    if not rows:
+        return []
+    head = ["", "| name | reduction | score | beta | coefficient |", "|---|---|---|---|---|"]
+    score = "{aggregate}{with_reference}".format
+    return head + [
+        f"| `{name}` | {c['reduce']} | {score(with_reference=', reference' * bool(c['reference']), **c)} "
+        f"| {_number(c['beta'])} | {_number(c['coefficient'])} |"
+        for name, c in rows
+    ]
 
 
 def _number(value: Any) -> str:

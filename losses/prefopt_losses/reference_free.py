@@ -12,6 +12,7 @@ from torch import Tensor
 from prefopt_losses import convex
 from prefopt_losses.hyperparameters import NonNegative, Positive
 from prefopt_losses.inputs import LogProbs
+from prefopt_losses.method import Method
 from prefopt_losses.score import Score, log_odds, widened
 from prefopt_losses.terms import CHOSEN, FromRecord, Term
 
@@ -85,3 +86,49 @@ def _token_share(record: LogProbs) -> Tensor:
 
 
 TOKEN_SHARE = FromRecord("token_share", reads=("chosen_lengths",), value=_token_share, unit="token")
+
+
+_RATIO = "that is the absolute margin gamma = beta * gamma_beta_ratio. Pass gamma_beta_ratio = gamma / beta ({})."
+
+# fmt: off
+ROWS: dict[str, Method] = {
+    "slic_hf": Method(
+        slic_hf, "max(0, delta - l_w + l_l) - lambda l_w", "Zhao et al. 2023", "2305.10425", "eq. 4",
+        note="The target of the NLL is the chosen completion; hinge and NLL are both summed over tokens.",
+        also=("slic",),
+        foreign={"lambda": "it is called lambda_coef here.", "beta": "SLiC-HF has none; hinge (RSO) has."},
+    ),
+    "simpo": Method(
+        simpo, "-log s(beta (l̄_w - l̄_l) - gamma),  gamma = beta gamma_beta_ratio", "Meng et al. 2024", "2405.14734",
+        "eq. 6", "CPO: simpo, cpo_alpha=0",
+        note="gamma_beta_ratio as in the authors' code; simpo_gamma (TRL, LLaMA-Factory) is gamma itself. No NLL: TRL "
+        "adds one unless cpo_alpha is 0.",
+        foreign={
+            "gamma": _RATIO.format("SimPO's paper calls the product gamma"),
+            "simpo_gamma": _RATIO.format("TRL: simpo_gamma 0.5 at beta 2.0 is gamma_beta_ratio 0.25"),
+            "cpo_alpha": "SimPO has no NLL here. For one, add it: simpo + alpha * sft.",
+        },
+    ),
+    "cpo": Method(
+        cpo, "-log s(beta (l_w - l_l)) + alpha nll", "Xu et al. 2024", "2401.08417", trl="CPO: sigmoid",
+        note="alpha is TRL's cpo_alpha; the NLL is a mean over tokens.",
+        foreign={"cpo_alpha": "it is called alpha here."},
+    ),
+    "orpo": Method(
+        orpo, "nll - lambda log s(o_w - o_l),  o = l̄ - log(1 - exp(l̄))", "Hong et al. 2024", "2403.07691", "eq. 6",
+        "ORPO",
+        note="lambda_coef is the paper's lambda: beta in TRL, alpha (1.0) in the authors' code. The NLL is over the "
+        "completion; TRL's is over prompt and completion.",
+        foreign={
+            "beta": "nothing multiplies ORPO's log-odds; TRL's beta is the paper's lambda. Pass lambda_coef.",
+            "alpha": "the authors' code calls the paper's lambda alpha. Pass lambda_coef.",
+            "lambda": "it is called lambda_coef here.",
+        },
+    ),
+    "sft": Method(
+        sft, "nll", "maximum likelihood", trl="DPO: sft",
+        note="Token mean over the optimizer step, or mean over completions of their token means (sequence).",
+        also=("nll",),
+    ),
+}
+# fmt: on

@@ -1,11 +1,13 @@
 """One score per completion: s(y) = link( A[log pi(y)] - c * A[log pi_ref(y)] ).
 
-A is the sum or the mean over completion tokens, c is 1 with a reference and 0 without. The score decides what
-a loss compares: log-ratios to a reference (DPO), length-normalised likelihoods (SimPO), log-odds (ORPO).
+A is the sum or the mean over completion tokens, or a weighted sum; c is 1 with a reference and 0 without. The score
+decides what a loss compares: log-ratios to a reference (DPO), length-normalised likelihoods (SimPO), log-odds
+(ORPO), the beginning of a completion more than its end (D2PO).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -14,8 +16,9 @@ from torch import Tensor
 
 from prefopt_losses.convex import Function
 from prefopt_losses.errors import LossError
+from prefopt_losses.inputs import LogProbs
 
-Aggregate: TypeAlias = Literal["sum", "mean"]
+Side: TypeAlias = Literal["chosen", "rejected"]
 
 
 def identity(x: Tensor) -> Tensor:
@@ -43,18 +46,34 @@ LINKS: dict[str, Function] = {"identity": identity, "log_odds": log_odds}
 
 
 @dataclass(frozen=True)
+class TokenWeights:
+    """A weighted sum over completion tokens, by position and by both lengths."""
+
+    name: str
+    weights: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    """(positions (1, tokens) from 0, own lengths (batch, 1), the other completion's (batch, 1), number of the draw)
+    -> (batch, tokens) or what broadcasts to it. Weights beyond the own length are not read."""
+    draws: bool = False
+    """Whether the weights are sampled: another number of the draw, other weights."""
+
+
+Aggregate: TypeAlias = Literal["sum", "mean"] | TokenWeights
+
+
+@dataclass(frozen=True)
 class Score:
     """How the tokens of one completion become one number."""
 
     aggregate: Aggregate = "sum"
-    """Over completion tokens: their sum, or their mean (which needs the lengths)."""
+    """Over completion tokens: their sum, their mean (which needs the lengths), or a weighted sum (which needs
+    per-token log-probs and both lengths)."""
     reference: bool = True
     """Whether the reference's log-prob is subtracted."""
     link: Function = identity
-    """Applied last: identity, log_odds, later the f-divergences."""
+    """Applied last: identity, log_odds, the derivative of an f-divergence, ..."""
 
     def __call__(self, logps: Tensor | None, ref_logps: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """Return one score per completion.
+        """Return one score per completion, from summed log-probs.
 
         Args:
             logps: (batch,), the policy's, nats, summed over completion tokens.
@@ -73,6 +92,41 @@ class Score:
         if self.aggregate == "mean":
             value = value / _given(lengths, "lengths")
         return self.link(value)
+
+    def of(self, record: LogProbs, side: Side) -> Tensor:
+        """Return the score of one side of a record, shape (batch,); fp32 or wider."""
+        other = "rejected" if side == "chosen" else "chosen"
+        logps, ref_logps, lengths = (f"{side}_logps", f"ref_{side}_logps", f"{side}_lengths")
+        if not isinstance(self.aggregate, TokenWeights):
+            return self(getattr(record, logps), getattr(record, ref_logps), getattr(record, lengths))
+        value = widened(_given(getattr(record, f"{side}_token_logps"), f"{side}_token_logps"))
+        if self.reference:
+            name = f"ref_{side}_token_logps"
+            value = value - widened(_given(getattr(record, name), name))
+        own = _given(getattr(record, lengths), lengths)[:, None]
+        others = _given(getattr(record, f"{other}_lengths"), f"{other}_lengths")[:, None]
+        positions = torch.arange(value.shape[1], device=value.device)[None]
+        weights = self.aggregate.weights(positions, own, others, record.draw)
+        return self.link((value * weights).masked_fill(positions >= own, 0).sum(-1))
+
+    def reads(self, side: Side) -> frozenset[str]:
+        """Return the fields of `LogProbs` that the score of a side needs."""
+        if isinstance(self.aggregate, TokenWeights):
+            return frozenset(
+                {f"{side}_token_logps", "chosen_lengths", "rejected_lengths"}
+                | ({f"ref_{side}_token_logps"} if self.reference else set())
+            )
+        fields = {f"{side}_logps"}
+        if self.reference:
+            fields.add(f"ref_{side}_logps")
+        if self.aggregate == "mean":
+            fields.add(f"{side}_lengths")
+        return frozenset(fields)
+
+    @property
+    def aggregate_name(self) -> str:
+        """`sum`, `mean`, or the name of the token weights."""
+        return self.aggregate.name if isinstance(self.aggregate, TokenWeights) else self.aggregate
 
 
 def _given(tensor: Tensor | None, name: str) -> Tensor:

@@ -3,26 +3,28 @@
 import ast
 import inspect
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from published.records import make_lists, make_record
 
 import prefopt_losses
-from prefopt_losses import METHODS, LogProbs, LossError, functional, get_loss, readme
+from prefopt_losses import METHODS, LossError, functional, get_loss, readme
 from prefopt_losses.hyperparameters import schema
-from prefopt_losses.inputs import TENSORS
+from prefopt_losses.tensors import LIST_TENSORS, PAIR_TENSORS
 
 every_method = pytest.mark.parametrize("name", METHODS)
 README = Path(readme.__file__).parents[1] / "README.md"
 
 
+PAIR = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+
+
 @pytest.fixture
-def tensors():
-    generator = torch.Generator().manual_seed(3)
-    logps = (-40 * torch.rand(4, 5, generator=generator) - 1).unbind()
-    lengths = torch.randint(2, 20, (2, 5), generator=generator).unbind()
-    return dict(zip(TENSORS, (*logps, *lengths, torch.rand(5, generator=generator))))
+def record():
+    return make_record(torch.float32)
 
 
 def function(name):
@@ -35,16 +37,26 @@ def test_every_method_has_its_function_and_no_function_lacks_a_method():
 
 
 @every_method
-def test_it_gives_what_the_loss_gives(name, tensors):
-    needed = [tensors[each] for each in get_loss(name).needs.tensors]
-    assert torch.equal(function(name)(*needed), get_loss(name)(LogProbs(**tensors)))
+def test_it_gives_what_the_loss_gives(name, record):
+    loss = get_loss(name)
+    lists = make_lists(torch.float32)
+    needed = [getattr(lists if loss.needs.lists else record, each) for each in loss.needs.tensors]
+    if loss.needs.lists:
+        assert torch.equal(function(name)(*needed, lists.lists), loss(lists))
+    else:
+        assert torch.equal(function(name)(*needed), loss(record))
 
 
 @every_method
 def test_tensors_come_first_in_the_order_of_the_record_and_hyper_parameters_by_keyword(name):
-    parameters = inspect.signature(function(name)).parameters.values()
+    parameters = list(inspect.signature(function(name)).parameters.values())
     positional = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
-    assert positional == [each for each in TENSORS if each in positional]
+    table = [*LIST_TENSORS, "lists"] if get_loss(name).needs.lists else list(PAIR_TENSORS)
+    assert set(positional) <= set(table)
+    required = [
+        each for each in positional if inspect.signature(function(name)).parameters[each].default is inspect._empty
+    ]
+    assert required == [each for each in table if each in required]
     keyword_only = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
     for key, each in schema(METHODS[name].make).items():
         assert keyword_only[key] == each.default
@@ -62,19 +74,19 @@ def test_the_signatures_people_know():
     ]
 
 
-def test_hyper_parameters_options_and_refinements_pass_through(tensors):
-    pair = [tensors[each] for each in list(TENSORS)[:4]]
+def test_hyper_parameters_options_and_refinements_pass_through(record):
+    pair = [getattr(record, each) for each in PAIR]
     summed = prefopt_losses.ipo_loss(*pair, normalize="sum", beta=0.05)
-    assert torch.equal(summed, get_loss("ipo", normalize="sum", beta=0.05)(LogProbs(**tensors)))
-    probability = tensors["preference_probability"]
+    assert torch.equal(summed, get_loss("ipo", normalize="sum", beta=0.05)(record))
+    probability = record.preference_probability
     softened = prefopt_losses.dpo_loss(*pair, soft_labels=True, preference_probability=probability)
-    assert torch.equal(softened, get_loss("dpo", soft_labels=True)(LogProbs(**tensors)))
-    shared = prefopt_losses.sft_loss(pair[0], tensors["chosen_lengths"], tokens_per_example=4.0)
-    assert torch.equal(shared, get_loss("sft")(LogProbs(**tensors, tokens_per_example=4.0)))
+    assert torch.equal(softened, get_loss("dpo", soft_labels=True)(record))
+    shared = prefopt_losses.sft_loss(pair[0], record.chosen_lengths, tokens_per_example=4.0)
+    assert torch.equal(shared, get_loss("sft")(replace(record, tokens_per_example=4.0)))
 
 
-def test_mistakes_are_told(tensors):
-    pair = [tensors[each] for each in list(TENSORS)[:4]]
+def test_mistakes_are_told(record):
+    pair = [getattr(record, each) for each in PAIR]
     with pytest.raises(LossError, match="Did you mean"):
         prefopt_losses.dpo_loss(*pair, bta=0.1)
     with pytest.raises(TypeError, match="ref_chosen_logps"):
@@ -89,7 +101,7 @@ def test_help_names_every_argument_shape_unit_formula_and_source(name):
     for parameter in inspect.signature(function(name)).parameters:
         assert re.search(rf"^    {parameter}: .+", text, re.MULTILINE), parameter
     assert f"loss = {METHODS[name].formula}" in text
-    assert "(batch,)" in text
+    assert "(completions,)" in text or "(batch,)" in text
     assert "nats" in text
     assert METHODS[name].paper in text
 
