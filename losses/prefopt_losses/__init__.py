@@ -13,17 +13,26 @@ from __future__ import annotations
 
 from prefopt_losses import functional
 from prefopt_losses.convex import FUNCTIONS
+from prefopt_losses.distributions import (
+    relative_token_logps_from_hidden,
+    relative_token_logps_from_logits,
+    sequential_kl_from_hidden,
+    sequential_kl_from_logits,
+)
 from prefopt_losses.errors import LossError
 from prefopt_losses.functional import *  # noqa: F403 - one function per method
 from prefopt_losses.inputs import ListLogProbs, LogProbs, UnpairedLogProbs
 from prefopt_losses.list_terms import ListTerm
-from prefopt_losses.logps import token_logps_from_hidden, token_logps_from_logits
+from prefopt_losses.logps import left_aligned, token_logps_from_hidden, token_logps_from_logits
 from prefopt_losses.lookup import get_loss, loss_from_config
 from prefopt_losses.loss import Loss
 from prefopt_losses.method import Method
 from prefopt_losses.methods import METHODS
 from prefopt_losses.metrics import accuracies, likelihood_displacement, loss_metrics
+from prefopt_losses.module import PreferenceLoss
 from prefopt_losses.needs import Needs
+from prefopt_losses.profiles.matched_beta import MatchedBeta, match_beta
+from prefopt_losses.profiles.profile import Profile, profile, profile_terms
 from prefopt_losses.score import LINKS, Score, TokenWeights
 from prefopt_losses.terms import CHOSEN, NEGATED_CHOSEN, PAIR, REJECTED, FromRecord, Running, Term
 
@@ -41,8 +50,11 @@ __all__ = [
     "LogProbs",
     "Loss",
     "LossError",
+    "MatchedBeta",
     "Method",
     "Needs",
+    "PreferenceLoss",
+    "Profile",
     "Running",
     "Score",
     "Term",
@@ -50,9 +62,17 @@ __all__ = [
     "UnpairedLogProbs",
     "accuracies",
     "get_loss",
+    "left_aligned",
     "likelihood_displacement",
     "loss_from_config",
     "loss_metrics",
+    "match_beta",
+    "profile",
+    "profile_terms",
+    "relative_token_logps_from_hidden",
+    "relative_token_logps_from_logits",
+    "sequential_kl_from_hidden",
+    "sequential_kl_from_logits",
     "token_logps_from_hidden",
     "token_logps_from_logits",
     *functional.__all__,

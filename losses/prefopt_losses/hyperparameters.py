@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Real as Number
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from prefopt_losses.errors import suggest
@@ -24,18 +24,24 @@ class Range:
     low: float
     high: float = math.inf
     includes_low: bool = True
+    includes_high: bool = False
 
     def __contains__(self, value: float) -> bool:
         above = value >= self.low if self.includes_low else value > self.low
-        return above and value < self.high
+        return above and (value <= self.high if self.includes_high else value < self.high)
 
     def __str__(self) -> str:
+        if self.low == -math.inf:
+            return "of either sign"
         lower = f"{'>=' if self.includes_low else '>'} {self.low:g}"
-        return lower if self.high == math.inf else f"{lower} and < {self.high:g}"
+        return lower if self.high == math.inf else f"{lower} and {'<=' if self.includes_high else '<'} {self.high:g}"
 
 
 Positive: TypeAlias = Annotated[float, Range(0, includes_low=False)]
 NonNegative: TypeAlias = Annotated[float, Range(0)]
+Real: TypeAlias = Annotated[float, Range(-math.inf)]
+Fraction: TypeAlias = Annotated[float, Range(0, 1, includes_low=False)]
+UnitInterval: TypeAlias = Annotated[float, Range(0, 1, includes_high=True)]
 Smoothing: TypeAlias = Annotated[float, Range(0, 0.5)]
 """Probability that a label is flipped; at 0.5 labels say nothing and robust DPO divides by zero."""
 
@@ -100,7 +106,7 @@ def _expected(annotation: Any) -> str:
         return " or ".join(repr(choice) for choice in get_args(annotation))
     if annotation is bool:
         return "true or false"
-    return "the name of a function or a callable"
+    return "a name" if annotation is str else "the name of a function or a callable"
 
 
 def _choices(annotation: Any) -> tuple[Any, ...] | None:
@@ -111,10 +117,10 @@ def _choices(annotation: Any) -> tuple[Any, ...] | None:
 
 def _fits(value: Any, annotation: Any) -> bool:
     if get_origin(annotation) is Annotated:
-        number = isinstance(value, Real) and not isinstance(value, bool)
+        number = isinstance(value, Number) and not isinstance(value, bool)
         return number and math.isfinite(value) and value in get_args(annotation)[1]
     if get_origin(annotation) is Literal:
         return value in get_args(annotation)
     if annotation is bool:
         return isinstance(value, bool)
-    return isinstance(value, str) or callable(value)
+    return isinstance(value, str) or (annotation is not str and callable(value))

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# A tile of fp32 logits. On CPU it stays under glibc's 32 MiB mmap threshold: larger blocks are returned to the
-# system after each use and page-fault on the next. On an accelerator a tile must be large enough to fill it.
-CPU_TILE_BYTES = 24 * 2**20
-DEVICE_TILE_BYTES = 512 * 2**20
+from prefopt_losses.errors import LossError
+from prefopt_losses.head import Head, HeadGradients, product_dtype, result_dtype, tile_size, tiles
 
 
 def token_logps_from_logits(logits: Tensor, targets: Tensor) -> Tensor:
@@ -63,35 +61,37 @@ def token_logps_from_hidden(
         (tokens,), fp32, nats. Products run in the autocast dtype where autocast is on, else in the
         dtype of ``hidden``; everything after the product is fp32.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    if chunk_size is None:
-        tile_bytes = CPU_TILE_BYTES if device == "cpu" else DEVICE_TILE_BYTES
-        chunk_size = max(16, tile_bytes // (4 * weight.shape[0]))
-    logps: Tensor = _ChunkedHead.apply(
-        hidden.to(dtype), weight.to(dtype), bias, targets, float(scale), softcap, chunk_size
-    )
+    dtype, size = product_dtype(hidden), tile_size(hidden, weight.shape[0], chunk_size)
+    logps: Tensor = _ChunkedHead.apply(hidden.to(dtype), weight.to(dtype), bias, targets, float(scale), softcap, size)
     return logps
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix product with an fp32 result; accumulated and kept in fp32 where the device can."""
-    if left.dtype == torch.float32 or left.dtype == torch.float64:
-        return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return (left @ right).float()
+def left_aligned(logps: Tensor, mask: Tensor) -> Tensor:
+    """Put the scored tokens of each row first, in their order: token t of a completion in column t, 0 beyond.
 
+    Args:
+        logps: (batch, sequence), per-token log-probs; what stands outside the mask is not read, NaN included.
+        mask: (batch, sequence), bool or 0 and 1: the scored tokens, wherever they are in the row.
 
-def _tile_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    logits = _product(hidden, weight.t())
-    if bias is not None:
-        logits = logits + bias
-    if scale != 1.0:
-        logits = logits * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return logits
+    Returns:
+        (batch, tokens), as wide as the longest completion (read with one device synchronisation), in the dtype of
+        ``logps``, differentiable: what `LogProbs` calls token log-probs.
+
+    Raises:
+        LossError: the shapes differ.
+    """
+    if logps.ndim != 2 or logps.shape != mask.shape:
+        raise LossError(
+            "left_aligned: expected log-probs and mask of one shape (batch, sequence), "
+            f"given {tuple(logps.shape)} and {tuple(mask.shape)}. Cut both to the same positions first: "
+            "logits at t predict token t + 1, so the mask of the targets is mask[:, 1:]."
+        )
+    scored = mask.bool()
+    counts = scored.sum(-1, keepdim=True)
+    longest = int(counts.max()) if counts.numel() else 0
+    order = scored.int().argsort(dim=-1, descending=True, stable=True)[:, :longest]
+    beyond = torch.arange(longest, device=logps.device) >= counts
+    return logps.gather(1, order).masked_fill(beyond, 0)
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -106,51 +106,29 @@ class _ChunkedHead(torch.autograd.Function):
         targets: Tensor,
         scale: float,
         softcap: float | None,
-        chunk_size: int,
+        size: int,
     ) -> Tensor:
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logps = torch.empty(len(targets), dtype=wide, device=hidden.device)
+        head = Head(weight, bias, scale, softcap)
+        logps = torch.empty(len(targets), dtype=result_dtype(hidden), device=hidden.device)
         normalisers = torch.empty_like(logps)
-        for start in range(0, len(targets), chunk_size):
-            tile = slice(start, start + chunk_size)
-            logits = _tile_logits(hidden[tile], weight, bias, scale, softcap)
+        for tile in tiles(len(targets), size):
+            logits = head(hidden[tile])
             normalisers[tile] = torch.logsumexp(logits, dim=-1)
             logps[tile] = logits.gather(1, targets[tile, None]).squeeze(1) - normalisers[tile]
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
-        ctx.scale, ctx.softcap, ctx.chunk_size = scale, softcap, chunk_size
+        ctx.scale, ctx.softcap, ctx.size = scale, softcap, size
         return logps
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_logps,) = grad_outputs
         hidden, weight, bias, targets, normalisers = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=normalisers.dtype) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=normalisers.dtype) if needs_bias else None
-        for start in range(0, len(targets), ctx.chunk_size):
-            tile = slice(start, start + ctx.chunk_size)
-            logits = _tile_logits(hidden[tile], weight, bias, ctx.scale, ctx.softcap)
+        head = Head(weight, bias, ctx.scale, ctx.softcap)
+        gradients = HeadGradients(head, hidden, normalisers.dtype, ctx.needs_input_grad[:3])
+        for tile in tiles(len(targets), ctx.size):
+            logits = head(hidden[tile])
             # d logp / d z = onehot(y) - softmax(z)
             grad = torch.exp(logits - normalisers[tile, None]).mul_(-grad_logps[tile, None])
             grad.scatter_add_(1, targets[tile, None], grad_logps[tile, None])
-            if ctx.softcap is not None:
-                grad *= 1 - (logits / ctx.softcap) ** 2
-            if ctx.scale != 1.0:
-                grad *= ctx.scale
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            low = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[tile] = low @ weight
-            if grad_weight is not None:
-                grad_weight += _product(low.t(), hidden[tile])
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+            gradients.add(tile, logits, grad)
+        return gradients.hidden, gradients.weight, gradients.bias, None, None, None, None

@@ -3,18 +3,20 @@
 get_loss("ipo", beta=0.05)
 get_loss("dpo+0.5*sft")
 loss_from_config([{"name": "dpo", "beta": 0.1}, {"name": "sft", "weight": 0.5}])
+loss_from_config({"terms": [{"f": "squared", "beta": 0.2, "aggregate": "mean"}]})
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from prefopt_losses.errors import LossError, suggest
 from prefopt_losses.hyperparameters import check
 from prefopt_losses.loss import Loss
 from prefopt_losses.methods import METHODS, OTHER_NAMES
+from prefopt_losses.written import loss_of_terms
 
 LossConfig: TypeAlias = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 
@@ -45,8 +47,8 @@ def loss_from_config(config: LossConfig, *, where: str = "loss") -> Loss:
     """Return the loss that a recipe describes.
 
     Args:
-        config: a name; a mapping of `name` and the method's hyper-parameters; or a list of these, each with
-            an optional `weight` (1 by default): their sum.
+        config: a name; a mapping of `name` and the method's hyper-parameters; a mapping with `terms`, the loss
+            written in the algebra; or a list of these, each with an optional `weight` (1 by default): their sum.
         where: key path of the config, which starts every problem.
 
     Raises:
@@ -73,6 +75,8 @@ def loss_from_config(config: LossConfig, *, where: str = "loss") -> Loss:
 
 
 def _method(name: str, given: Mapping[str, Any], where: str, also: tuple[str, ...] = ()) -> Loss:
+    if f"gpo_{name}" in METHODS:  # GPO's functions under their plain names
+        name = f"gpo_{name}"
     if name not in METHODS:
         raise LossError(f"{where}: no loss {name!r}.{_instead(name)} Known: {', '.join(METHODS)}.")
     method = METHODS[name]
@@ -87,14 +91,22 @@ def _method(name: str, given: Mapping[str, Any], where: str, also: tuple[str, ..
 
 
 def _part(config: Mapping[str, Any], where: str, *, weighted: bool = False) -> Loss:
+    if isinstance(config, Mapping) and "terms" in config:
+        return _weighted(config, where, lambda: loss_of_terms(config, where))
     if not isinstance(config, Mapping) or not isinstance(config.get("name"), str):
         raise LossError(f"{where}: expected a name or a mapping with `name`, given {config!r}.")
     hyperparameters = {str(key): value for key, value in config.items() if key not in ("name", "weight")}
+    also = ("weight",) if weighted else ()
+    return _weighted(config, where, lambda: _method(config["name"], hyperparameters, where, also))
+
+
+def _weighted(config: Mapping[str, Any], where: str, make: Callable[[], Loss]) -> Loss:
+    """Make a loss and multiply it by the config's weight, with the problems of both."""
     problems = []
     if "weight" in config and not _is_weight(config["weight"]):
         problems.append(f"{where}.weight: expected a finite number >= 0, given {config['weight']!r}.")
     try:
-        loss = _method(config["name"], hyperparameters, where, ("weight",) if weighted else ())
+        loss = make()
     except LossError as error:
         raise LossError(problems + error.problems) from error
     if problems:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from prefopt_losses.list_terms import ListTerm
 from prefopt_losses.score import TokenWeights
 from prefopt_losses.tensors import LIST_TENSORS, PAIR_TENSORS
-from prefopt_losses.terms import Term
+from prefopt_losses.terms import FromRecord, Term
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Needs:
     """Names of the numbers it carries from step to step."""
     minimum_batch: int = 1
     """Examples a batch must hold."""
+    learns: tuple[str, ...] = ()
+    """Tensors that need not come with the data: they may be learned beside the policy."""
     draws: bool = False
     """True: it samples tokens, anew for every `draw` of the record."""
 
@@ -106,5 +108,10 @@ def needs_of(terms: Sequence[Term | ListTerm]) -> Needs:
         batch=tuple(dict.fromkeys(name for term in terms for name in term.batch)),
         state=tuple(dict.fromkeys(number.name for term in terms for number in term.running)),
         minimum_batch=max(term.minimum_batch for term in terms),
+        learns=tuple(dict.fromkeys(name for term in terms for each in _from_record(term) for name in each.learns)),
         draws=any(isinstance(term.score.aggregate, TokenWeights) and term.score.aggregate.draws for term in terms),
     )
+
+
+def _from_record(term: Term | ListTerm) -> tuple[FromRecord, ...]:
+    return () if isinstance(term, ListTerm) else term.from_record

@@ -23,6 +23,20 @@ from prefopt_losses.terms import Term, function_name
 
 STUB = Path(functional.__file__).with_suffix(".pyi")
 
+READS = {
+    "reference": "reference",
+    "lengths": "lengths",
+    "tokens": "token log-probs",
+    "scores": "scores",
+    "values": "values",
+    "preference_probability": "soft labels",
+    "gold": "gold completions",
+    "mismatched": "mismatched completions",
+    "relative": "the policy's distributions",
+    "sequential_kl": "both models' distributions",
+}
+"""Properties of `Needs`, and what the table calls them."""
+
 EXAMPLE = """\
 import torch
 from prefopt_losses import LogProbs, get_loss
@@ -128,11 +142,19 @@ def stub() -> str:
 def _row(name: str, method: Method) -> str:
     defaults = ", ".join(f"{key} {each.default}" for key, each in schema(method.make).items())
     needs = get_loss(name).needs
-    reads = ["pairs"] if needs.pairs else ["single completions" if needs.rejected else "chosen only"]
-    reads += ["reference"] * needs.reference + ["lengths"] * needs.lengths
+    reads = (
+        ["lists"]
+        if needs.lists
+        else ["pairs"]
+        if needs.pairs
+        else ["single completions" if needs.rejected else "chosen only"]
+    )
+    reads += [said for need, said in READS.items() if getattr(needs, need)]
+    reads += ["the whole step"] * bool(needs.batch)
     source = ", ".join(filter(None, (method.paper, method.equation)))
     link = f"[{source}]({method.link})" if method.link else source
-    return f"| `{name}` | `{method.formula}` | {defaults} | {', '.join(reads)} | {method.trl} | {link} |"
+    formula = method.formula.replace("|", "\\|")
+    return f"| `{name}` | `{formula}` | {defaults} | {', '.join(reads)} | {method.trl} | {link} |"
 
 
 def _coordinates(name: str, term: Term) -> str:

@@ -7,11 +7,13 @@ decides what a loss compares: log-ratios to a reference (DPO), length-normalised
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from prefopt_losses.convex import Function
@@ -42,7 +44,44 @@ def log_odds(x: Tensor) -> Tensor:
     return x - log1mexp(x)
 
 
-LINKS: dict[str, Function] = {"identity": identity, "log_odds": log_odds}
+EXPONENT = 80.0
+"""Where the links of f-divergences hold their exponents: e^80 = 6e34 and its multiples by beta are fp32 numbers.
+Further out the link is flat, so that value and gradient stay finite."""
+
+
+def forward_kl(u: Tensor) -> Tensor:
+    """Return f'(e^u) = 1 - e^-u of the forward KL divergence, f(t) = -log t."""
+    return -torch.expm1((-u).clamp(max=EXPONENT))
+
+
+def jensen_shannon(u: Tensor) -> Tensor:
+    """Return f'(e^u) = log(2 e^u / (1 + e^u)) of the Jensen-Shannon divergence; at most log 2."""
+    return math.log(2) + F.logsigmoid(u)
+
+
+def chi_squared(u: Tensor) -> Tensor:
+    """Return f'(e^u) = e^u + u (up to a constant) of the sum of chi-squared and reverse KL divergence."""
+    return u + torch.exp(u.clamp(max=EXPONENT))
+
+
+@dataclass(frozen=True)
+class AlphaDivergence:
+    """f'(e^u) = (1 - e^(-alpha u)) / alpha: reverse KL as alpha goes to 0, forward KL at 1."""
+
+    alpha: float
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Return the link of log-ratios, elementwise."""
+        return -torch.expm1((-self.alpha * u).clamp(max=EXPONENT)) / self.alpha
+
+
+LINKS: dict[str, Function] = {
+    "identity": identity,
+    "log_odds": log_odds,
+    "forward_kl": forward_kl,
+    "jensen_shannon": jensen_shannon,
+    "chi_squared": chi_squared,
+}
 
 
 @dataclass(frozen=True)
@@ -51,8 +90,9 @@ class TokenWeights:
 
     name: str
     weights: Callable[[Tensor, Tensor, Tensor, int], Tensor]
-    """(positions (1, tokens) from 0, own lengths (batch, 1), the other completion's (batch, 1), number of the draw)
-    -> (batch, tokens) or what broadcasts to it. Weights beyond the own length are not read."""
+    """(positions (1, tokens) from 0, in the dtype of the log-probs, own lengths (batch, 1), the other completion's
+    (batch, 1), number of the draw) -> (batch, tokens) or what broadcasts to it, in the dtype of the positions.
+    Weights beyond the own length are not read."""
     draws: bool = False
     """Whether the weights are sampled: another number of the draw, other weights."""
 
@@ -105,7 +145,7 @@ class Score:
             value = value - widened(_given(getattr(record, name), name))
         own = _given(getattr(record, lengths), lengths)[:, None]
         others = _given(getattr(record, f"{other}_lengths"), f"{other}_lengths")[:, None]
-        positions = torch.arange(value.shape[1], device=value.device)[None]
+        positions = torch.arange(value.shape[1], device=value.device, dtype=value.dtype)[None]
         weights = self.aggregate.weights(positions, own, others, record.draw)
         return self.link((value * weights).masked_fill(positions >= own, 0).sum(-1))
 

@@ -105,13 +105,26 @@ def require(record: object, names: tuple[str, ...], reader: str, *, check: bool 
     if missing:
         known = next((getattr(record, other) for other in names if getattr(record, other) is not None), None)
         raise LossError(_missing(name, reader, known) for name in missing)
+    _require_columns(record, names)
     if not check or torch.compiler.is_compiling() or not names:
         return
     tensors = {name: getattr(record, name).detach() for name in names}
-    sound = torch.stack([_sound(name, tensor) for name, tensor in tensors.items()])
+    sound = torch.stack([_sound(name, tensor, tensors) for name, tensor in tensors.items()])
     if not bool(sound.all()):
         verdicts = zip(tensors.items(), sound)
         raise LossError(_unsound(name, tensor, rows) for (name, tensor), rows in verdicts if not rows.all())
+
+
+def _require_columns(record: object, names: tuple[str, ...]) -> None:
+    """Raise LossError where token log-probs are wider or narrower than those of their reference."""
+    problems = []
+    for name in names:
+        own, reference = getattr(record, name), getattr(record, f"ref_{name}", None)
+        if "token_logps" in name and reference is not None and own.shape != reference.shape:
+            given = f"{tuple(reference.shape)} against {tuple(own.shape)}"
+            problems.append(f"ref_{name}: expected the shape of {name}, given {given}. Left-align both with one mask.")
+    if problems:
+        raise LossError(problems)
 
 
 def _axes(name: str) -> tuple[int, ...]:
@@ -135,10 +148,11 @@ def _missing(name: str, reader: str, known: Tensor | None) -> str:
     return f"{name}: {reader} needs it and it is missing. Pass a tensor of shape {shape}: {meaning}."
 
 
-def _sound(name: str, tensor: Tensor) -> Tensor:
+def _sound(name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> Tensor:
     """Return (batch,) bool: which rows can be used."""
     if name.endswith("lengths"):
-        return tensor >= 1
+        tokens = others.get(name.replace("lengths", "token_logps"))
+        return tensor >= 1 if tokens is None else (tensor >= 1) & (tensor <= tokens.shape[1])
     if name == "preference_probability":
         return (tensor >= 0) & (tensor <= 1)
     sound = tensor.isfinite()
@@ -163,7 +177,8 @@ def _worst(row: Tensor) -> float:
 
 def _wish(name: str, values: list[float]) -> str:
     if name.endswith("lengths"):
-        return "expected at least one scored token; drop examples whose completion was truncated away"
+        few = "expected at least one scored token; drop examples whose completion was truncated away"
+        return few if min(values) < 1 else "expected at most as many tokens as the token log-probs have columns"
     if name == "preference_probability":
         return "expected probabilities between 0 and 1"
     if "logps" in name and all(0 < value < float("inf") for value in values):

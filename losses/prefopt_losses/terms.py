@@ -64,6 +64,8 @@ class FromRecord:
     """Examples a batch must hold for it to mean something."""
     running: tuple[Running, ...] = ()
     """Numbers carried from step to step that it reads, as `record.state[name]`."""
+    learns: tuple[str, ...] = ()
+    """Those of its tensors that may be learned beside the policy, for gradient flows through them."""
 
 
 Coordinate: TypeAlias = float | FromRecord
@@ -147,7 +149,7 @@ class Term:
     @property
     def batch(self) -> tuple[str, ...]:
         """Names of what an example's value depends on beyond itself; empty for a term that decomposes."""
-        coupled = tuple(each.name for each in self.from_record if each.batch)
+        coupled = tuple(each.name.lstrip("-") for each in self.from_record if each.batch)
         return (f"sorted {self.sort}", *coupled) if self.sort else coupled
 
     @property

@@ -41,12 +41,22 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import warnings
 warnings.filterwarnings("ignore")
-from prefopt_losses import METHODS, LogProbs, get_loss
+from prefopt_losses import METHODS, ListLogProbs, LogProbs, get_loss
 import torch
 logps = torch.tensor([-3.0, -4.0], requires_grad=True)
+
+def filled(name):
+    if name.endswith("lengths"):
+        return torch.tensor([2, 3])
+    if "token_logps" in name:
+        return logps[:, None].expand(2, 3)
+    return logps.exp() if name == "preference_probability" else logps
+
 for name in METHODS:
-    record = LogProbs(logps, logps - 1, logps.detach(), logps.detach(), *torch.tensor([[2, 3], [4, 5]]))
-    get_loss(name)(record).mean().backward()
+    loss = get_loss(name)
+    tensors = {each: filled(each) for each in loss.needs.tensors}
+    record = ListLogProbs(lists=torch.tensor([0, 0]), **tensors) if loss.needs.lists else LogProbs(**tensors)
+    loss(record).mean().backward()
 foreign = {"numpy", "transformers", "trl", "datasets", "prefopt", "pydantic"} & set(sys.modules)
 assert not foreign, foreign
 for name in ("numpy", "transformers", "prefopt"):
@@ -72,24 +82,42 @@ def test_every_loss_works_where_only_torch_is_installed():
 ORDER = [
     *("errors", "convex", "tensors", "inputs", "score", "terms", "list_terms", "needs", "conventions", "loss"),
     *("hyperparameters", "method"),
-    *("pairwise", "reference_free", "pointwise"),
-    *("methods", "lookup", "functional"),
+    *(f"methods.{family}" for family in ("running", "pairwise", "score_gaps", "divergences", "margins")),
+    *(f"methods.{family}" for family in ("reference_free", "pointwise", "batchwise", "tokenwise", "listwise")),
+    *("methods.mixtures", "methods", "written", "lookup", "functional"),
+    *(
+        f"profiles.{room}"
+        for room in ("curve", "convexity", "matching", "shape", "profile", "matched_beta", "verdicts")
+    ),
 ]
-BESIDE = {"logps", "metrics", "profile", "readme"}  # nothing in ORDER may need these
+BESIDE = {"head", "logps", "distributions", "metrics", "readme", "module", "profiles"}  # none of ORDER needs these
+
+
+def file_of(room):
+    path = ROOM.joinpath(*room.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def imported_rooms(path):
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom) and node.module == "prefopt_losses":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("prefopt_losses."):
-            yield node.module.split(".")[1]
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("prefopt_losses"):
+            continue
+        package = node.module.removeprefix("prefopt_losses").removeprefix(".")
+        for alias in node.names:
+            inner = f"{package}.{alias.name}".removeprefix(".")
+            yield inner if file_of(inner).exists() else package
+
+
+def test_every_room_has_its_place():
+    rooms = {".".join(file.relative_to(ROOM).with_suffix("").parts) for file in ROOM.rglob("*.py")}
+    rooms = {room.removesuffix("__init__").removesuffix(".") for room in rooms} - {""}
+    assert rooms == set(ORDER) | BESIDE
 
 
 @pytest.mark.parametrize("room", ORDER)
 def test_imports_point_one_way(room):
     before = set(ORDER[: ORDER.index(room)])
-    assert set(imported_rooms(ROOM / f"{room}.py")) <= before
+    assert set(imported_rooms(file_of(room))) <= before
 
 
 def test_the_marker_for_type_checkers_is_there():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefopt_losses.logps import token_logps_from_hidden, token_logps_from_logits
+from prefopt_losses import LossError
+from prefopt_losses.logps import left_aligned, token_logps_from_hidden, token_logps_from_logits
 
 TOKENS, HIDDEN, VOCAB = 13, 8, 17
 
@@ -68,7 +69,7 @@ def test_results_are_fp32_under_bf16_and_near_the_exact_ones():
     with torch.autocast("cpu", torch.bfloat16):
         rounded = token_logps_from_hidden(hidden, weight, targets, bias=bias)
     assert rounded.dtype == torch.float32
-    assert 0 < float((rounded - exact).abs().max()) < 0.1
+    assert 0 < float((rounded - exact).detach().abs().max()) < 0.1
     rounded.sum().backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
 
@@ -78,3 +79,29 @@ def test_logits_of_any_shape():
     targets = torch.randint(0, VOCAB, (2, 3))
     expected = torch.log_softmax(logits, -1).gather(-1, targets[..., None])[..., 0]
     torch.testing.assert_close(token_logps_from_logits(logits, targets), expected)
+
+
+def test_left_aligned_puts_the_scored_tokens_first_in_their_order():
+    logps = -torch.arange(1.0, 13.0).reshape(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1], [0, 1, 0, 0, 1, 0]])  # the gaps are turns of the user
+    expected = torch.tensor([[-3.0, -4.0, -6.0], [-8.0, -11.0, 0.0]])
+    assert torch.equal(left_aligned(logps, mask), expected)
+    assert torch.equal(left_aligned(logps, mask.bool()), expected)
+    assert left_aligned(logps, torch.zeros_like(mask)).shape == (2, 0)
+
+
+def test_left_aligned_sums_to_the_masked_sum_and_carries_the_gradient_to_scored_tokens_only():
+    generator = torch.Generator().manual_seed(0)
+    logps = -torch.rand(5, 9, generator=generator)
+    mask = torch.rand(5, 9, generator=generator) < 0.6
+    logps[~mask] = float("nan")
+    logps.requires_grad_()
+    aligned = left_aligned(logps, mask)
+    torch.testing.assert_close(aligned.sum(-1), logps.detach().masked_fill(~mask, 0).sum(-1))
+    (slope,) = torch.autograd.grad(aligned.sum(), logps)
+    assert torch.equal(slope, mask.float())
+
+
+def test_left_aligned_refuses_a_mask_of_other_positions():
+    with pytest.raises(LossError, match=r"one shape \(batch, sequence\), given \(2, 5\) and \(2, 6\).*mask\[:, 1:\]"):
+        left_aligned(torch.zeros(2, 5), torch.ones(2, 6))

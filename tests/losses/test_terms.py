@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from published.records import make_lists, make_record
 
 from prefopt_losses import (
     METHODS,
@@ -22,16 +23,12 @@ from prefopt_losses import (
 )
 from prefopt_losses.convex import exponential, linear, logistic
 
-UNPAIRED = ("bco_pair", "nca_pair", "sppo_hard", "apo_zero", "sft")
+UNPAIRED = ("bco_pair", "nca_pair", "sppo_hard", "apo_zero", "sft", "kto", "bco", "sppo", "dro", "a_star_po")
 
 
 @pytest.fixture
 def record():
-    generator = torch.Generator().manual_seed(0)
-    logps = (-60 * torch.rand(4, 6, generator=generator, dtype=torch.float64) - 5).unbind()
-    lengths = torch.randint(3, 30, (2, 6), generator=generator).unbind()
-    probability = torch.rand(6, generator=generator, dtype=torch.float64)
-    return LogProbs(*logps, *lengths, preference_probability=probability)
+    return make_record(batch=6)
 
 
 def test_a_term_is_its_formula(record):
@@ -68,6 +65,9 @@ def test_a_hard_label_never_touches_the_other_side(record):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_loss_is_the_sum_of_its_terms(name, record):
     loss = get_loss(name)
+    record = make_lists() if loss.needs.lists else record
+    if loss.needs.state:
+        record = dataclasses.replace(record, state=loss.advance(record, loss.initial_state()))
     total = sum(term(record) for term in loss.terms)
     torch.testing.assert_close(loss(record), total, rtol=1e-14, atol=0)
 
@@ -75,13 +75,18 @@ def test_a_loss_is_the_sum_of_its_terms(name, record):
 @pytest.mark.parametrize("name", METHODS)
 def test_coordinates_are_plain_data(name):
     for term in get_loss(name).terms:
-        assert json.loads(json.dumps(term.coordinates()))["f"]
+        plain = json.loads(json.dumps(term.coordinates()))
+        assert plain["reduce" if get_loss(name).needs.lists else "f"]
 
 
 @pytest.mark.parametrize("first", METHODS)
 @pytest.mark.parametrize("second", ["sft", "dpo", "ipo", "bco_pair"])
 def test_a_mixture_is_the_sum_of_its_parts_to_the_last_bit(first, second, record):
     a, b = get_loss(first), get_loss(second)
+    if a.needs.lists:
+        with pytest.raises(LossError, match="a loss of lists and a loss of pairs cannot be added"):
+            a + 0.3 * b
+        return
     assert torch.equal((a + 0.3 * b)(record), a(record) + 0.3 * b(record))
 
 
@@ -162,7 +167,8 @@ def test_needs_are_what_the_method_reads():
     assert not get_loss("sft").needs.rejected
     assert get_loss("dpo", soft_labels=True).needs.preference_probability
     assert get_loss("dpo+sft").needs.lengths
-    assert {name for name in METHODS if not get_loss(name).needs.pairs} == set(UNPAIRED)
+    needs = {name: get_loss(name).needs for name in METHODS}
+    assert {name for name, each in needs.items() if not each.pairs and not each.lists} == set(UNPAIRED)
     assert {name for name in METHODS if get_loss(name).needs.step_tokens} == {"sft", "cpo", "orpo"}
 
 

@@ -4,7 +4,7 @@ TRL's side is the real `compute_loss` of a real trainer: policy and reference fo
 Our side scores the same batch with plain logits and `token_logps_from_logits`, and calls the loss.
 """
 
-import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,94 +12,29 @@ import torch
 
 pytest.importorskip("trl")
 
-from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_trl import assert_same, make_model, make_pairs, make_tokenizer, scored, settings
 from trl import DPOConfig, DPOTrainer
 
 from prefopt_losses import LogProbs, get_loss, loss_from_config, token_logps_from_logits
-
-WORDS = [f"w{index}" for index in range(40)]
-
-
-def make_tokenizer():
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {word: 4 + i for i, word in enumerate(WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-def make_model(seed):
-    """A random Llama whose weights are large enough that policy and reference disagree by several nats."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=44,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.4,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config)
-
-
-def make_pairs(rows=6):
-    choose = random.Random(0)
-
-    def text(low, high):
-        return " ".join(choose.choices(WORDS, k=choose.randint(low, high)))
-
-    columns = {
-        "prompt": [text(3, 6) for _ in range(rows)],
-        "chosen": [" " + text(2, 9) for _ in range(rows)],
-        "rejected": [" " + text(4, 12) for _ in range(rows)],
-    }
-    return Dataset.from_dict(columns)
-
-
-def settings(folder):
-    return {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 6,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "max_length": 64,
-    }
-
-
-def scored(model, input_ids, attention_mask, scored_tokens):
-    """Return log-probs summed over the scored tokens, and their number, each (rows,)."""
-    logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
-    mask = scored_tokens[:, 1:]
-    return (token_logps_from_logits(logits, input_ids[:, 1:]) * mask).sum(-1), mask.sum(-1)
-
-
-def gradient(value, model):
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    slopes = torch.autograd.grad(value, parameters, allow_unused=True)
-    return torch.cat([slope.flatten() for slope in slopes if slope is not None])
-
-
-def assert_same(theirs, ours, model):
-    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
-    expected, given = gradient(theirs, model), gradient(ours, model)
-    assert expected.norm() > 0
-    assert (given - expected).norm() <= 2e-5 * expected.norm()
+from prefopt_losses.distributions import relative_token_logps_from_logits
+from prefopt_losses.logps import left_aligned
 
 
 @pytest.fixture(scope="module")
 def dpo(tmp_path_factory):
+    return make_dpo(tmp_path_factory.mktemp("dpo"))
+
+
+@pytest.fixture(scope="module")
+def weighted_dpo(tmp_path_factory):
+    return make_dpo(tmp_path_factory.mktemp("wpo"), use_weighting=True)
+
+
+def make_dpo(folder, **options):
     trainer = DPOTrainer(
         model=make_model(0),
         ref_model=make_model(1),
-        args=DPOConfig(**settings(tmp_path_factory.mktemp("dpo"))),
+        args=DPOConfig(**settings(folder), **options),
         train_dataset=make_pairs(),
         processing_class=make_tokenizer(),
     )
@@ -117,7 +52,7 @@ def dpo(tmp_path_factory):
         trainer.beta, trainer.label_smoothing = beta, label_smoothing
         return trainer.compute_loss(trainer.model, batch)
 
-    return SimpleNamespace(trainer=trainer, record=record, theirs=theirs)
+    return SimpleNamespace(trainer=trainer, batch=batch, record=record, theirs=theirs)
 
 
 def test_the_batch_can_tell_losses_apart(dpo):
@@ -138,6 +73,10 @@ def test_the_batch_can_tell_losses_apart(dpo):
         ("sppo_hard", "sppo_hard"),
         ("apo_zero", "apo_zero"),
         ("apo_down", "apo_down"),
+        ("discopop", "discopop"),
+        ("dpo_norm", "sigmoid_norm"),
+        ("aot", "aot"),
+        ("aot_unpaired", "aot_unpaired"),
     ],
 )
 @pytest.mark.parametrize("beta", [0.03, 0.1, 0.7])
@@ -151,6 +90,45 @@ def test_robust_dpo_trains_as_trls_robust(dpo, label_smoothing):
     theirs = dpo.theirs(["robust"], label_smoothing=label_smoothing)
     ours = get_loss("robust_dpo", label_smoothing=label_smoothing)(dpo.record()).mean()
     assert_same(theirs, ours, dpo.trainer.model)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.001, 0.1, 0.4])
+def test_exo_trains_as_trls_exo_pair(dpo, label_smoothing):
+    theirs = dpo.theirs(["exo_pair"], label_smoothing=label_smoothing)
+    assert_same(theirs, get_loss("exo", label_smoothing=label_smoothing)(dpo.record()).mean(), dpo.trainer.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "divergence", "coefficient"),
+    [
+        ("f_dpo_forward_kl", {}, "forward_kl", None),
+        ("f_dpo_js", {}, "js_divergence", None),
+        ("f_dpo_alpha", {"alpha": 0.3}, "alpha_divergence", 0.7),  # TRL's coefficient is 1 - alpha
+        ("f_dpo_alpha", {"alpha": 0.9}, "alpha_divergence", 0.1),
+    ],
+)
+def test_divergences_train_as_trls(dpo, monkeypatch, name, options, divergence, coefficient):
+    monkeypatch.setattr(dpo.trainer, "f_divergence_type", divergence)
+    monkeypatch.setattr(dpo.trainer, "f_alpha_divergence_coef", coefficient)
+    assert_same(dpo.theirs(["sigmoid"]), get_loss(name, **options)(dpo.record()).mean(), dpo.trainer.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss_types", "weights"),
+    [("irpo", ["sigmoid", "sft"], [1.0, 1.0]), ("mpo", ["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0])],
+)
+def test_named_mixtures_differ_from_trls_lists_only_in_what_their_nll_is_a_mean_over(dpo, name, loss_types, weights):
+    record, theirs = dpo.record(), dpo.theirs(loss_types, weights)
+    ours = get_loss(name)(record).mean()
+    assert not torch.isclose(theirs, ours)
+    by_completion, by_token = (get_loss("sft", normalize=each)(record).mean() for each in ("sequence", "token"))
+    assert_same(theirs, ours - by_completion + by_token, dpo.trainer.model)
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_smoothed_aot_trains_as_trls(dpo, name):
+    theirs = dpo.theirs([name], label_smoothing=0.2)
+    assert_same(theirs, get_loss(name, beta=0.1, label_smoothing=0.2)(dpo.record()).mean(), dpo.trainer.model)
 
 
 def test_sft_is_trls_token_mean(dpo):
@@ -173,6 +151,39 @@ def test_sft_is_trls_token_mean(dpo):
 def test_mixtures_train_as_trls_lists(dpo, loss_types, weights, config):
     theirs = dpo.theirs(loss_types, weights)
     assert_same(theirs, loss_from_config(config)(dpo.record()).mean(), dpo.trainer.model)
+
+
+def with_tokens(dpo):
+    """The record with what token-level losses read: log-probs token by token, and relative ones."""
+    ids, mask = dpo.batch["input_ids"][:, 1:], dpo.batch["completion_mask"][:, 1:]
+
+    def tokens(model):
+        logits = model(input_ids=dpo.batch["input_ids"], attention_mask=dpo.batch["attention_mask"]).logits[:, :-1]
+        relative = (relative_token_logps_from_logits(logits, ids) * mask).sum(-1)
+        return *left_aligned(token_logps_from_logits(logits, ids), mask).chunk(2), *relative.chunk(2)
+
+    names = ("chosen_token_logps", "rejected_token_logps", "chosen_relative_logps", "rejected_relative_logps")
+    with torch.no_grad():
+        ref_chosen, ref_rejected, *_ = tokens(dpo.trainer.ref_model)
+    reference = {"ref_chosen_token_logps": ref_chosen, "ref_rejected_token_logps": ref_rejected}
+    return replace(dpo.record(), **dict(zip(names, tokens(dpo.trainer.model))), **reference)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
+def test_ld_dpo_trains_as_trls_ld_alpha(dpo, alpha, monkeypatch):
+    monkeypatch.setattr(dpo.trainer, "ld_alpha", alpha)
+    record, theirs = with_tokens(dpo), dpo.theirs(["sigmoid"])
+    assert not torch.isclose(theirs, get_loss("dpo")(record).mean())
+    assert_same(theirs, get_loss("ld_dpo", alpha=alpha)(record).mean(), dpo.trainer.model)
+
+
+def test_wpo_trains_as_trls_use_weighting_where_no_weight_exceeds_one(weighted_dpo):
+    """Beyond it we clamp, as WPO's authors; TRL does not. A random model finds no completion that likely."""
+    record, theirs = with_tokens(weighted_dpo), weighted_dpo.theirs(["sigmoid"])
+    loss = get_loss("wpo", beta=0.1)(record)
+    weight = loss / get_loss("dpo", beta=0.1)(record)
+    assert 0 < weight.min() < weight.max() < 1
+    assert_same(theirs, loss.mean(), weighted_dpo.trainer.model)
 
 
 def test_where_we_differ_on_purpose(dpo):
@@ -231,12 +242,20 @@ def cpo(tmp_path_factory):
             {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 0.1, "simpo_gamma": 0.5},
             get_loss("simpo", beta=0.1, gamma_beta_ratio=5.0),
         ),
+        (
+            {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.5, "simpo_gamma": 0.1, "alpha": 0.25},
+            get_loss("alphapo"),
+        ),
+        (
+            {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 0.5, "simpo_gamma": 0.3, "alpha": -0.5},
+            get_loss("alphapo", beta=0.5, gamma=0.3, alpha=-0.5),
+        ),
     ],
-    ids=["cpo", "cpo-0.3", "simpo", "simpo+sft", "simpo-trl-defaults"],
+    ids=["cpo", "cpo-0.3", "simpo", "simpo+sft", "simpo-trl-defaults", "alphapo", "alphapo-negative"],
 )
-def test_cpo_and_simpo_train_as_trls_cpo_trainer(cpo, settings, ours):
+def test_cpo_simpo_and_alphapo_train_as_trls_cpo_trainer(cpo, settings, ours):
     trainer, batch = cpo
-    for key, value in ({"beta": 0.1} | settings).items():
+    for key, value in ({"beta": 0.1, "alpha": 0.0} | settings).items():
         setattr(trainer, key, value)
     record = reference_free(trainer, batch["chosen_labels"], batch["rejected_labels"], batch)
     assert_same(trainer.compute_loss(trainer.model, batch), ours(record).mean(), trainer.model)

@@ -14,9 +14,19 @@ One file per family. A formula takes one example `e` and the hyper-parameters:
 and returns the loss of that example. A formula of lists takes `e.completions`, each with l, r, n, s.
 """
 
-from published import pairwise, pointwise, reference_free
+from published import (
+    batchwise,
+    divergences,
+    listwise,
+    margins,
+    mixtures,
+    pairwise,
+    pointwise,
+    reference_free,
+    tokenwise,
+)
 
-FAMILIES = (pairwise, reference_free, pointwise)
+FAMILIES = (pairwise, divergences, margins, reference_free, pointwise, batchwise, tokenwise, listwise, mixtures)
 
 PUBLISHED = {name: formula for family in FAMILIES for name, formula in family.PUBLISHED.items()}
 """Name of the method -> formula."""
@@ -29,3 +39,6 @@ OVERFLOWS = {name: why for family in FAMILIES for name, why in family.OVERFLOWS.
 
 BACKWARDS = {name: why for family in FAMILIES for name, why in family.BACKWARDS.items()}
 """Methods whose first step does not separate a pair, or not every pair, and why."""
+
+DETACHED = {name: why for family in FAMILIES for name, why in getattr(family, "DETACHED", {}).items()}
+"""Methods part of whose value depends on the policy without gradient, so that no finite difference equals it."""

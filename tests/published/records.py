@@ -65,8 +65,9 @@ def make_record(dtype=torch.float64, batch=7, seed=1):
         "values": rand(batch),
         "gold_logps": _tokens(rand, lengths[2]).sum(-1),
         "mismatched_logps": -20 * rand(batch) - 20,
-        "ref_mismatched_logps": -20 * rand(batch) - 22,
     }
+    # Mean log-ratio 0.5 nats, of both signs: KTO's anchor is not clamped away.
+    tensors["ref_mismatched_logps"] = tensors["mismatched_logps"] + 2 - 5 * rand(batch)
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     return LogProbs(chosen_lengths=lengths[0], rejected_lengths=lengths[1], gold_lengths=lengths[2], **tensors)
 

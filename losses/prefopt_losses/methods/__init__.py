@@ -10,17 +10,43 @@ its formula, by hand, in tests/losses/published. Its function, its page and its 
 
 from __future__ import annotations
 
-from prefopt_losses import pairwise, pointwise, reference_free
 from prefopt_losses.method import Method
+from prefopt_losses.methods import (
+    batchwise,
+    divergences,
+    listwise,
+    margins,
+    mixtures,
+    pairwise,
+    pointwise,
+    reference_free,
+    tokenwise,
+)
 
 FAMILIES: dict[str, str] = {
     "pairwise": "A pair against a reference",
+    "divergences": "A pair, held by another divergence than reverse KL",
+    "margins": "A pair with a margin of its own",
     "reference_free": "Without a reference",
     "pointwise": "Single completions against a reference",
+    "batchwise": "A pair among the others of its batch",
+    "tokenwise": "A pair, token by token",
+    "listwise": "A whole list of completions",
+    "mixtures": "Sums",
 }
 """Rooms of the table, in its order, and what their methods have in common."""
 
-METHODS: dict[str, Method] = {**pairwise.ROWS, **reference_free.ROWS, **pointwise.ROWS}
+METHODS: dict[str, Method] = {
+    **pairwise.ROWS,
+    **divergences.ROWS,
+    **margins.ROWS,
+    **reference_free.ROWS,
+    **pointwise.ROWS,
+    **batchwise.ROWS,
+    **tokenwise.ROWS,
+    **listwise.ROWS,
+    **mixtures.ROWS,
+}
 
 OTHER_NAMES: dict[str, str] = {other: name for name, method in METHODS.items() for other in method.also}
 """What other tools call a method."""

@@ -1,18 +1,18 @@
 """Losses of a pair against a reference: f(beta * rho), rho the difference of the two log-ratios.
 
-They differ in the function f and the label q; IPO also in that its log-ratios are means over tokens. Formulas
-and sources stand in the table of methods.
+They differ in the function f and the label q; ipo and dpo_norm also in that their log-ratios are means over tokens.
+Formulas and sources stand in the table of methods.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
 from torch import Tensor
 
 from prefopt_losses import convex
 from prefopt_losses.convex import Function, named_function
-from prefopt_losses.hyperparameters import Positive, Smoothing
+from prefopt_losses.hyperparameters import Positive, Range, Smoothing
 from prefopt_losses.inputs import LogProbs
 from prefopt_losses.method import Method
 from prefopt_losses.score import Score, widened
@@ -20,6 +20,9 @@ from prefopt_losses.terms import Coordinate, FromRecord, Term
 
 LOG_RATIO = Score(aggregate="sum", reference=True)
 MEAN_LOG_RATIO = Score(aggregate="mean", reference=True)
+
+PositiveSmoothing: TypeAlias = Annotated[float, Range(0, 0.5, includes_low=False)]
+"""Probability that a label is flipped, where a label that is never flipped costs infinitely much."""
 
 
 def dpo(*, beta: Positive = 0.1, soft_labels: bool = False) -> tuple[Term, ...]:
@@ -141,6 +144,71 @@ def gpo_savage(*, beta: Positive = 0.1, soft_labels: bool = False) -> tuple[Term
     return gpo(f=convex.savage, beta=beta, soft_labels=soft_labels)
 
 
+def dpo_norm(*, beta: Positive = 5.0) -> tuple[Term, ...]:
+    """Length-normalised DPO: logistic regression on the difference of mean log-ratios.
+
+    Args:
+        beta: strength of the pull towards the reference, per nat per token.
+    """
+    return (Term(convex.logistic, MEAN_LOG_RATIO, beta=beta),)
+
+
+def exo(*, beta: Positive = 0.1, label_smoothing: PositiveSmoothing = 0.001) -> tuple[Term, ...]:
+    """Efficient Exact Optimization of pairs: reverse KL from the policy's preference to the labels.
+
+    The loss is least at the finite margin log((1 - eps) / eps); pairs far beyond it or far behind pull little.
+
+    Args:
+        beta: as in dpo.
+        label_smoothing: eps, the probability that a label is flipped; not 0, for then the divergence is infinite.
+    """
+    return (Term(convex.ReverseKL(label_smoothing), LOG_RATIO, beta=beta),)
+
+
+def discopop(*, beta: Positive = 0.05, tau: Positive = 0.05) -> tuple[Term, ...]:
+    """DiscoPOP, the log-ratio modulated loss: logistic for wrong pairs, exponential for right ones; not convex.
+
+    At the default tau its slope at the reference is +0.78: training starts backwards, towards its minimum at
+    x = -0.12. From tau = 0.103 on it starts forwards.
+
+    Args:
+        beta: as in dpo.
+        tau: width of the switch between the two, in units of beta * rho.
+    """
+    return (Term(convex.LogRatioModulated(tau), LOG_RATIO, beta=beta),)
+
+
+def cell(*, beta: Positive = 0.05) -> tuple[Term, ...]:
+    """Combined exponential and logistic loss: the mean of gpo_exponential and dpo.
+
+    Args:
+        beta: as in dpo. The loss overflows to inf where beta * rho < -88.
+    """
+    return gpo(f=convex.cell, beta=beta)
+
+
+def padll(*, beta: Positive = 0.05) -> tuple[Term, ...]:
+    """Performance adaptive decay logistic loss: 0.9 of dpo for right pairs, 0.45 for wrong ones; jumps at 0.
+
+    Args:
+        beta: as in dpo.
+    """
+    return gpo(f=convex.padll, beta=beta)
+
+
+def bpo(*, beta: Positive = 0.1, sba_lambda: Positive = 0.5) -> tuple[Term, ...]:
+    """Bregman Preference Optimization with the scaled Basu power divergence of likelihood ratios.
+
+    Has the optimum of dpo; confident pairs, right or wrong, weigh exponentially more as sba_lambda grows.
+
+    Args:
+        beta: as in dpo. The loss falls without bound where a pair is ever more right, and overflows in fp32
+            beyond beta * rho = 88 / sba_lambda and before -88 / (1 + sba_lambda).
+        sba_lambda: the paper's lambda, exponent of the divergence.
+    """
+    return (Term(convex.ScaledBasu(sba_lambda), LOG_RATIO, beta=beta),)
+
+
 def _preference_probability(record: LogProbs) -> Tensor:
     assert record.preference_probability is not None  # in `reads`, so Loss has looked
     return widened(record.preference_probability)
@@ -156,6 +224,7 @@ def _label(soft_labels: bool) -> Coordinate:
 
 
 GPO = ("Tang et al. 2024", "2402.05749", "Table 1")
+DISCOVERED = ("Lu et al. 2024", "2406.08414")
 _SMOOTHED = "labels are hard here. cdpo mixes with label_smoothing, robust_dpo corrects for it."
 
 # fmt: off
@@ -181,7 +250,8 @@ ROWS: dict[str, Method] = {
     ),
     "hinge": Method(
         hinge, "max(0, 1 - beta rho)", "Liu et al. 2023 (RSO)", "2309.06657", trl="DPO: hinge",
-        note="RSO's hinge-norm (its gamma is beta, 0.05 there). TRL credits it to SLiC; slic_hf is that.",
+        note="RSO's hinge-norm (its gamma is beta, 0.05 there); its sigmoid-norm is dpo, its rejection sampling a "
+        "step of data. TRL credits hinge to SLiC; slic_hf is that.",
         also=("rso",),
         foreign={"label_smoothing": _SMOOTHED, "gamma": "RSO's gamma is beta here.", "delta": "that is slic_hf's."},
     ),
@@ -192,5 +262,41 @@ ROWS: dict[str, Method] = {
         gpo_truncated_quadratic, "max(0, 1 - beta rho)^2", *GPO, also=("truncated_quadratic",),
     ),
     "gpo_savage": Method(gpo_savage, "1 / (1 + exp(beta rho))^2", *GPO, also=("savage",)),
+    "dpo_norm": Method(
+        dpo_norm, "-log s(beta (ū_w - ū_l))", "Lambert et al. 2024 (Tulu 3)", "2411.15124", trl="DPO: sigmoid_norm",
+        note="Default beta as open-instruct's dpo_norm; TRL's sigmoid_norm takes dpo's 0.1, fifty times less.",
+        also=("sigmoid_norm", "length_normalized_dpo"),
+        foreign={"label_smoothing": _SMOOTHED},
+    ),
+    "exo": Method(
+        exo, "s(x) log(s(x) / (1 - eps)) + s(-x) log(s(-x) / eps),  x = beta rho", "Ji et al. 2024", "2402.00856",
+        "eq. 16", "DPO: exo_pair",
+        note="EXO-pref, for two completions. The authors' code takes unnormalised labels: log-probs 0 and -10 for "
+        "log(1 - eps) and log eps.",
+        also=("exo_pair", "exo_pref"),
+        foreign={"eps": "it is called label_smoothing here, as in TRL."},
+    ),
+    "discopop": Method(
+        discopop, "-(1 - s(x / tau)) log s(x) + s(x / tau) exp(-x),  x = beta rho", *DISCOVERED, "eq. 5",
+        "DPO: discopop",
+        note="Starts backwards at the authors' tau (0.05). TRL's default beta is 0.1.", also=("lrml",),
+        foreign={"discopop_tau": "it is called tau here.", "temperature": "it is called tau here."},
+    ),
+    "cell": Method(
+        cell, "(exp(-beta rho) - log s(beta rho)) / 2", *DISCOVERED,
+        note="Found by the search that found DiscoPOP.",
+    ),
+    "padll": Method(
+        padll, "-0.9 log s(beta rho), half of it where rho < 0", *DISCOVERED,
+        note="Found by the search that found DiscoPOP.",
+    ),
+    "bpo": Method(
+        bpo, "exp(-(1 + lambda) x) / (4 (1 + lambda)) - exp(lambda x) / (4 lambda),  x = beta rho", "Kim et al. 2025",
+        "2505.19601",
+        note="Negative values are in order: constants are left out, and there is no lower bound. The default of "
+        "sba_lambda is ours. Nothing is clipped; the TokenRatio code holds x within +-30.",
+        also=("bpo_sba", "sba"),
+        foreign={"lambda": "it is called sba_lambda here."},
+    ),
 }
 # fmt: on
