@@ -11,14 +11,15 @@ of C scored tokens adds C - 1 computed tokens, a group P + sum(C_k - 1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from prefopt.data.groups import Comparison, PromptGroup
+from prefopt.data.groups import Comparison, PromptGroup, lists_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,23 @@ class RaggedBatch:
     """(comparisons,) completion index, -1 where the comparison has no rejected side."""
     preference_probability: Tensor
     """(comparisons,) fp32, NaN where the data give none."""
+    chosen_scores: Tensor | None = None
+    """(comparisons,) or (comparisons, models) fp32, NaN where there is no chosen side; None unless all have one."""
+    rejected_scores: Tensor | None = None
+    """(comparisons,) or (comparisons, models) fp32, NaN where there is no rejected side; None unless all have one."""
+    values: Tensor | None = None
+    """(comparisons,) fp32, expected score of the prompt; None unless every comparison has one."""
+    gold: Tensor | None = None
+    """(comparisons,) completion index, -1 where the data give no gold completion; None where it was not asked for."""
+    list_members: Tensor | None = None
+    """(members,) completion index of every member of every list, lists one after another, the best first; a
+    completion that several lists share stands in each. None where lists were not asked for."""
+    list_index: Tensor | None = None
+    """(members,) int64, which list each member belongs to, from 0."""
+    list_scores: Tensor | None = None
+    """(members,) fp32, what each member is worth in its list; higher is better."""
+    lists: int = 0
+    """Number of lists; 0 where they were not asked for."""
     keys: tuple[tuple[int, int], ...] = ()
     """(completions,) where each completion comes from: (group, completion) of its dataset."""
     rows: tuple[int, ...] = ()
@@ -93,7 +111,7 @@ class Slice:
     comparisons: tuple[int, ...]
 
 
-def needed_completions(comparisons: Sequence[Comparison], *, rejected: bool = True) -> list[int]:
+def needed_completions(comparisons: Sequence[Comparison], *, rejected: bool = True, gold: bool = False) -> list[int]:
     """Completions that the comparisons name, each once, in their order of appearance."""
     needed: dict[int, None] = {}
     for comparison in comparisons:
@@ -101,6 +119,8 @@ def needed_completions(comparisons: Sequence[Comparison], *, rejected: bool = Tr
             needed[comparison.chosen] = None
         if comparison.rejected is not None and rejected:
             needed[comparison.rejected] = None
+        if comparison.gold is not None and gold:
+            needed[comparison.gold] = None
     return list(needed)
 
 
@@ -109,6 +129,8 @@ def make_batch(
     slices: Sequence[Slice] | None = None,
     *,
     rejected: bool = True,
+    gold: bool = False,
+    lists: bool = False,
 ) -> RaggedBatch:
     """Lay out groups (or the named slices of them) in one row.
 
@@ -116,26 +138,29 @@ def make_batch(
         groups: the groups, one per slice.
         slices: which comparisons of each; None takes every completion and every comparison.
         rejected: False leaves rejected completions out (a loss that reads only the chosen ones).
+        gold: True takes the gold completions along.
+        lists: True names the members of every list, whose comparisons must all be there (`unit="list"` of a plan).
 
     Returns:
         A batch on the CPU.
     """
-    row = _Row()
+    row = _Row(rejected=rejected, gold=gold, lists=lists)
     for number, group in enumerate(groups):
         if slices is None:
-            row.add(number, group, range(len(group.completions)), group.comparisons, rejected)
+            row.add(number, group, range(len(group.completions)), group.comparisons)
         else:
             part = slices[number]
             comparisons = [group.comparisons[i] for i in part.comparisons]
-            wanted = needed_completions(comparisons, rejected=rejected)
-            row.add(part.group, group, wanted, comparisons, rejected)
+            wanted = needed_completions(comparisons, rejected=rejected, gold=gold)
+            row.add(part.group, group, wanted, comparisons)
     return row.finish()
 
 
 class _Row:
     """The row while it is being laid out."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, rejected: bool, gold: bool, lists: bool) -> None:
+        self.rejected, self.gold, self.lists = rejected, gold, lists
         self.tokens = 0
         self.scored_lengths: list[int] = []
         self.ids: list[np.ndarray] = []
@@ -144,22 +169,16 @@ class _Row:
         self.targets: list[np.ndarray] = []
         self.trees: list[Tree] = []
         self.keys: list[tuple[int, int]] = []
-        self.pairs: list[tuple[int, int, float, int]] = []
-        self.unpaired = False
+        self.comparisons: list[Comparison] = []
+        self.places: list[tuple[int, int, int]] = []
+        self.members: list[list[tuple[int, float]]] = []
 
-    def add(
-        self,
-        number: int,
-        group: PromptGroup,
-        wanted: Sequence[int],
-        comparisons: Sequence[Comparison],
-        rejected: bool,
-    ) -> None:
+    def add(self, number: int, group: PromptGroup, wanted: Sequence[int], comparisons: Sequence[Comparison]) -> None:
         prompt = group.prompt
         start, length = self.tokens, len(prompt)
         self._append(prompt, np.arange(length))
         branches = []
-        place: dict[int, int] = {}
+        place: dict[int | None, int] = {None: -1}
         for index in wanted:
             completion = group.completions[index]
             place[index] = len(self.scored_lengths)
@@ -171,17 +190,21 @@ class _Row:
             self.scored_lengths.append(count + 1)
             self.keys.append((number, index))
         self.trees.append(Tree(start, length, tuple(branches)))
-        for comparison in comparisons:
-            self.unpaired |= comparison.chosen is None or comparison.rejected is None
-            probability = comparison.preference_probability
-            self.pairs.append(
-                (
-                    -1 if comparison.chosen is None else place[comparison.chosen],
-                    -1 if comparison.rejected is None or not rejected else place[comparison.rejected],
-                    float("nan") if probability is None else probability,
-                    comparison.row,
-                )
-            )
+        self.comparisons += comparisons
+        for one in comparisons:
+            rejected = place[one.rejected] if self.rejected else -1
+            self.places.append((place[one.chosen], rejected, place[one.gold] if self.gold else -1))
+        if self.lists:
+            self._add_lists(comparisons, place)
+
+    def _add_lists(self, comparisons: Sequence[Comparison], place: Mapping[int | None, int]) -> None:
+        for indices in lists_of(comparisons):
+            worth: dict[int, float] = {}
+            for one in (comparisons[index] for index in indices):
+                for side, score in zip((one.chosen, one.rejected), one.list_scores):
+                    if side is not None:
+                        worth[place[side]] = score
+            self.members.append(sorted(worth.items(), key=lambda member: (-member[1], member[0])))
 
     def _append(self, ids: np.ndarray, positions: np.ndarray) -> None:
         self.ids.append(ids)
@@ -190,6 +213,8 @@ class _Row:
 
     def finish(self) -> RaggedBatch:
         lengths = np.asarray(self.scored_lengths, dtype=np.int64)
+        places = torch.tensor(self.places, dtype=torch.int64).reshape(-1, 3)
+        probabilities = [one.preference_probability for one in self.comparisons]
         return RaggedBatch(
             input_ids=_joined(self.ids),
             position_ids=_joined(self.positions),
@@ -198,15 +223,51 @@ class _Row:
             targets=_joined(self.targets),
             completion_index=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
             completion_lengths=torch.from_numpy(lengths),
-            chosen=torch.tensor([pair[0] for pair in self.pairs], dtype=torch.int64),
-            rejected=torch.tensor([pair[1] for pair in self.pairs], dtype=torch.int64),
-            preference_probability=torch.tensor([pair[2] for pair in self.pairs], dtype=torch.float32),
+            chosen=places[:, 0].contiguous(),
+            rejected=places[:, 1].contiguous(),
+            preference_probability=torch.tensor(
+                [math.nan if p is None else p for p in probabilities], dtype=torch.float32
+            ),
+            **_scores(self.comparisons),
+            values=_all_or_none([one.value for one in self.comparisons]),
+            gold=places[:, 2].contiguous() if self.gold else None,
+            **(_list_tensors(self.members) if self.lists else {}),
+            lists=len(self.members),
             keys=tuple(self.keys),
-            rows=tuple(pair[3] for pair in self.pairs),
-            unpaired=self.unpaired,
-            two_sided=all(chosen >= 0 and rejected >= 0 for chosen, rejected, _, _ in self.pairs),
-            soft_labels=bool(self.pairs) and not any(probability != probability for _, _, probability, _ in self.pairs),
+            rows=tuple(one.row for one in self.comparisons),
+            unpaired=any(one.chosen is None or one.rejected is None for one in self.comparisons),
+            two_sided=all(chosen >= 0 and rejected >= 0 for chosen, rejected, _ in self.places),
+            soft_labels=bool(probabilities) and None not in probabilities,
         )
+
+
+def _scores(comparisons: Sequence[Comparison]) -> dict[str, Tensor | None]:
+    """Return the scores of both sides; none unless every completion that is compared has one."""
+    sides = {
+        "chosen_scores": [(one.chosen, one.chosen_score) for one in comparisons],
+        "rejected_scores": [(one.rejected, one.rejected_score) for one in comparisons],
+    }
+    given = [score for side in sides.values() for completion, score in side if completion is not None]
+    if not given or None in given:
+        return dict.fromkeys(sides)
+    nothing = (math.nan,) * len(given[0] or ())
+    tensors = {
+        name: torch.tensor([score or nothing for _, score in side], dtype=torch.float32) for name, side in sides.items()
+    }
+    return {name: tensor.squeeze(1) if tensor.shape[1] == 1 else tensor for name, tensor in tensors.items()}
+
+
+def _list_tensors(members: Sequence[Sequence[tuple[int, float]]]) -> dict[str, Tensor | None]:
+    flat = [member for one in members for member in one]
+    return {
+        "list_members": torch.tensor([completion for completion, _ in flat], dtype=torch.int64),
+        "list_index": torch.tensor([number for number, one in enumerate(members) for _ in one], dtype=torch.int64),
+        "list_scores": torch.tensor([score for _, score in flat], dtype=torch.float32),
+    }
+
+
+def _all_or_none(values: Sequence[float | None]) -> Tensor | None:
+    return None if not values or None in values else torch.tensor(values, dtype=torch.float32)
 
 
 def _joined(parts: list[np.ndarray]) -> Tensor:

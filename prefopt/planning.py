@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from prefopt.batching import Slice, needed_completions
-from prefopt.data.groups import Comparison, GroupDataset
+from prefopt.data.groups import Comparison, GroupDataset, lists_of
+
+Unit = Literal["comparison", "list"]
+"""What a loss has one value for. The comparisons of one list stay together where it is the list."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,23 @@ class Step:
     comparisons: int
     chosen_tokens: int
     computed_tokens: int
+    units: int
+    """Comparisons, or lists: as many values as the loss has in this step."""
+    gold_tokens: int
+    """Tokens of the gold completions, each comparison counting its own; 0 where they were not asked for."""
+
+    @property
+    def tokens_per_example(self) -> float:
+        """Mean chosen tokens per comparison: the denominator of a token mean."""
+        return self.chosen_tokens / max(self.comparisons, 1)
 
 
-def computed_tokens(dataset: GroupDataset, part: Slice, comparisons: Sequence[Comparison], *, rejected: bool) -> int:
+def computed_tokens(
+    dataset: GroupDataset, part: Slice, comparisons: Sequence[Comparison], *, rejected: bool, gold: bool = False
+) -> int:
     """Tokens that one slice adds to a row: its prompt once, and each needed completion without its last token."""
     lengths = dataset.completion_lengths(part.group)
-    needed = needed_completions(comparisons, rejected=rejected)
+    needed = needed_completions(comparisons, rejected=rejected, gold=gold)
     return int(dataset.prompt_lengths[part.group]) + sum(int(lengths[index]) - 1 for index in needed)
 
 
@@ -36,6 +50,9 @@ class StepPlanner:
     ``batch_size`` comparisons; a group that straddles a step boundary is split, so that the batch size never
     changes. Within a step, slices are packed into micro-batches of at most ``token_budget`` computed tokens,
     first-fit-decreasing; a slice that is larger alone is its own micro-batch.
+
+    A last step of fewer than ``minimum`` comparisons is left out: losses that are taken over a step need several.
+    With ``unit="list"`` lists take the place of comparisons: they are what is counted, and none is ever split.
     """
 
     def __init__(
@@ -46,13 +63,20 @@ class StepPlanner:
         token_budget: int,
         seed: int,
         rejected: bool = True,
+        gold: bool = False,
+        unit: Unit = "comparison",
+        minimum: int = 1,
     ) -> None:
         self.dataset = dataset
+        self.minimum = minimum
         self.batch_size = batch_size
         self.token_budget = token_budget
         self.seed = seed
         self.rejected = rejected
-        self.comparisons = int(dataset.comparisons_per_group.sum())
+        self.gold = gold
+        self.unit: Unit = unit
+        self.comparisons = int(self._units_per_group.sum())
+        """Of one epoch; lists where the unit is the list."""
         self._epoch = -1
         self._stream: np.ndarray = np.empty((0, 2), dtype=np.int64)
 
@@ -60,10 +84,11 @@ class StepPlanner:
         """Optimizer steps of a run."""
         if max_steps is not None:
             return max_steps
-        return math.ceil(self.comparisons_in(epochs or 0) / self.batch_size)
+        steps, rest = divmod(self.comparisons_in(epochs or 0), self.batch_size)
+        return steps + (rest >= self.minimum)
 
     def comparisons_in(self, epochs: float) -> int:
-        """Comparisons in a number of epochs, at least one."""
+        """Comparisons (lists where the unit is the list) in a number of epochs, at least one."""
         return max(1, round(epochs * self.comparisons))
 
     def step(self, number: int, *, last_comparison: int | None = None) -> Step:
@@ -82,11 +107,11 @@ class StepPlanner:
         return self._pack(members)
 
     def _order(self, epoch: int) -> np.ndarray:
-        """(comparisons, 2): group and comparison within it, in the order of that epoch."""
+        """(comparisons or lists, 2): group and number within it, in the order of that epoch."""
         if epoch != self._epoch:
             generator = np.random.default_rng((self.seed, epoch))
             groups = generator.permutation(len(self.dataset))
-            counts = self.dataset.comparisons_per_group[groups]
+            counts = self._units_per_group[groups]
             ends = np.cumsum(counts)
             within = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
             self._stream = np.stack((np.repeat(groups, counts), within), axis=1)
@@ -95,25 +120,59 @@ class StepPlanner:
 
     def _pack(self, members: Sequence[tuple[int, int]]) -> Step:
         grouped: dict[int, list[int]] = {}
-        for group, comparison in members:
-            grouped.setdefault(group, []).append(comparison)
-        slices = [Slice(group, tuple(comparisons)) for group, comparisons in grouped.items()]
-        return pack_slices(self.dataset, slices, token_budget=self.token_budget, rejected=self.rejected)
+        for group, number in members:
+            grouped.setdefault(group, []).append(number)
+        slices = [self._slice(group, numbers) for group, numbers in grouped.items()]
+        return pack_slices(
+            self.dataset,
+            slices,
+            token_budget=self.token_budget,
+            rejected=self.rejected,
+            gold=self.gold,
+            unit=self.unit,
+        )
+
+    def _slice(self, group: int, numbers: Sequence[int]) -> Slice:
+        if self.unit == "comparison":
+            return Slice(group, tuple(numbers))
+        lists = lists_of(self.dataset.comparisons(group))
+        return Slice(group, tuple(index for number in numbers for index in lists[number]))
+
+    @property
+    def _units_per_group(self) -> np.ndarray:
+        return self.dataset.comparisons_per_group if self.unit == "comparison" else self.dataset.lists_per_group
 
 
-def pack_slices(dataset: GroupDataset, slices: Sequence[Slice], *, token_budget: int, rejected: bool = True) -> Step:
-    """Pack slices into micro-batches under the budget, first-fit-decreasing over computed tokens."""
+def pack_slices(
+    dataset: GroupDataset,
+    slices: Sequence[Slice],
+    *,
+    token_budget: int,
+    rejected: bool = True,
+    gold: bool = False,
+    unit: Unit = "comparison",
+) -> Step:
+    """Pack slices into micro-batches under the budget, first-fit-decreasing over computed tokens.
+
+    Args:
+        dataset: the groups.
+        slices: which comparisons of which groups; with ``unit="list"`` whole lists.
+        token_budget: computed tokens per micro-batch.
+        rejected: False where the loss reads only chosen completions.
+        gold: True where the loss reads gold completions.
+        unit: what is never split.
+    """
     sized: list[tuple[int, Slice]] = []
-    chosen_tokens = 0
+    chosen_tokens = gold_tokens = units = 0
     for part in slices:
         comparisons = dataset.comparisons(part.group)
         lengths = dataset.completion_lengths(part.group)
-        for index in part.comparisons:
-            chosen = comparisons[index].chosen
-            chosen_tokens += 0 if chosen is None else int(lengths[chosen])
-        for piece in _split_to_budget(dataset, part, comparisons, token_budget, rejected):
-            picked = [comparisons[index] for index in piece.comparisons]
-            sized.append((computed_tokens(dataset, piece, picked, rejected=rejected), piece))
+        for one in (comparisons[index] for index in part.comparisons):
+            chosen_tokens += 0 if one.chosen is None else int(lengths[one.chosen])
+            gold_tokens += 0 if one.gold is None or not gold else int(lengths[one.gold])
+        whole = _units(part, comparisons, unit)
+        units += len(whole)
+        sized += _split_to_budget(dataset, part, whole, comparisons, token_budget, rejected=rejected, gold=gold)
     sized.sort(key=lambda item: -item[0])
     bins: list[list[Slice]] = []
     room: list[int] = []
@@ -131,25 +190,42 @@ def pack_slices(dataset: GroupDataset, slices: Sequence[Slice], *, token_budget:
         comparisons=sum(len(part.comparisons) for part in slices),
         chosen_tokens=chosen_tokens,
         computed_tokens=sum(size for size, _ in sized),
+        units=units,
+        gold_tokens=gold_tokens,
     )
+
+
+def _units(part: Slice, comparisons: Sequence[Comparison], unit: Unit) -> list[tuple[int, ...]]:
+    """Return what must stay together in a slice, as indices of comparisons."""
+    if unit == "comparison":
+        return [(index,) for index in part.comparisons]
+    lists = lists_of([comparisons[index] for index in part.comparisons])
+    return [tuple(part.comparisons[place] for place in places) for places in lists]
 
 
 def _split_to_budget(
     dataset: GroupDataset,
     part: Slice,
+    units: Sequence[tuple[int, ...]],
     comparisons: Sequence[Comparison],
     token_budget: int,
+    *,
     rejected: bool,
-) -> Iterator[Slice]:
-    """Cut a slice whose comparisons together exceed the budget; sharing is lost at the cuts."""
+    gold: bool,
+) -> Iterator[tuple[int, Slice]]:
+    """Cut a slice whose units together exceed the budget, each with its size; sharing is lost at the cuts."""
+
+    def size(indices: Sequence[int]) -> int:
+        picked = [comparisons[index] for index in indices]
+        return computed_tokens(dataset, part, picked, rejected=rejected, gold=gold)
+
     taken: list[int] = []
-    for index in part.comparisons:
-        candidate = [comparisons[i] for i in [*taken, index]]
-        if taken and computed_tokens(dataset, part, candidate, rejected=rejected) > token_budget:
-            yield Slice(part.group, tuple(taken))
+    for unit in units:
+        if taken and size([*taken, *unit]) > token_budget:
+            yield size(taken), Slice(part.group, tuple(taken))
             taken = []
-        taken.append(index)
-    yield Slice(part.group, tuple(taken))
+        taken += unit
+    yield size(taken), Slice(part.group, tuple(taken))
 
 
 def every_comparison(dataset: GroupDataset) -> list[Slice]:

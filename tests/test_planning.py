@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import group
 
 from prefopt.batching import make_batch
-from prefopt.data.groups import PromptGroup
+from prefopt.data.groups import Comparison, PromptGroup, lists_of
 from prefopt.planning import StepPlanner, computed_tokens, every_comparison, pack_slices
 
 
@@ -19,6 +19,7 @@ class Groups:
         self.groups = groups
         self.prompt_lengths = np.array([len(one.prompt) for one in groups])
         self.comparisons_per_group = np.array([len(one.comparisons) for one in groups])
+        self.lists_per_group = np.array([len(lists_of(one.comparisons)) for one in groups])
 
     def __len__(self):
         return len(self.groups)
@@ -103,3 +104,72 @@ def test_a_loss_of_chosen_completions_computes_no_rejected_one():
     assert batch.tokens == 5 + 3 == computed_tokens(groups, parts[0], one.comparisons, rejected=False)
     assert batch.rejected.tolist() == [-1]
     assert not batch.two_sided
+
+
+def some_lists(count: int = 10) -> Groups:
+    """Groups of one to three lists, whose completions they share."""
+    generator = np.random.default_rng(1)
+    groups = []
+    for seed in range(count):
+        comparisons, lengths = [], list(generator.integers(1, 9, 5))
+        for number in range(generator.integers(1, 4)):
+            places = sorted(generator.permutation(5)[: generator.integers(2, 5)].tolist())
+            comparisons += [Comparison(i, j, None, number, list_number=number) for i in places for j in places if i < j]
+        groups.append(group(int(generator.integers(1, 9)), lengths, seed=seed, comparisons=tuple(comparisons)))
+    return Groups(groups)
+
+
+@given(batch_size=st.integers(1, 12), budget=st.integers(5, 100), seed=st.integers(0, 5))
+@settings(max_examples=40, deadline=None)
+def test_lists_are_counted_instead_of_comparisons_and_never_split(batch_size, budget, seed):
+    groups = some_lists()
+    planner = StepPlanner(groups, batch_size=batch_size, token_budget=budget, seed=seed, unit="list")
+    total = planner.comparisons_in(1)
+    assert total == groups.lists_per_group.sum()
+    steps = [planner.step(n, last_comparison=total) for n in range(planner.total_steps(epochs=1, max_steps=None))]
+    assert [step.units for step in steps[:-1]] == [batch_size] * (len(steps) - 1)
+    taken = []
+    for step in steps:
+        assert step.comparisons == len(members(step))
+        for part in (part for micro in step.micro_batches for part in micro):
+            whole = lists_of(groups.comparisons(part.group))
+            inside = [indices for indices in whole if set(indices) <= set(part.comparisons)]
+            assert sorted(part.comparisons) == sorted(index for indices in inside for index in indices)
+            taken += [(part.group, indices) for indices in inside]
+    everything = [
+        (number, indices) for number in range(len(groups)) for indices in lists_of(groups.comparisons(number))
+    ]
+    assert sorted(taken) == sorted(everything)
+
+
+def test_a_list_larger_than_the_budget_is_its_own_micro_batch():
+    groups = some_lists()
+    step = pack_slices(groups, every_comparison(groups), token_budget=12, unit="list")
+    assert step.units == groups.lists_per_group.sum()
+    for micro in step.micro_batches:
+        batch = make_batch([groups[part.group] for part in micro], micro, lists=True)
+        assert batch.tokens <= 12 or batch.lists == 1
+    assert step.units == sum(
+        make_batch([groups[part.group] for part in micro], micro, lists=True).lists for micro in step.micro_batches
+    )
+
+
+def test_pairs_are_planned_alike_as_comparisons_and_as_lists():
+    groups = some_groups()
+    plans = [
+        StepPlanner(groups, batch_size=7, token_budget=40, seed=2, unit=unit).step(1) for unit in ("comparison", "list")
+    ]
+    assert plans[0] == plans[1]
+    assert plans[0].units == plans[0].comparisons == 7
+
+
+def test_gold_completions_are_planned_for_only_when_asked_for():
+    comparisons = (Comparison(0, 1, None, 1, gold=2), Comparison(0, 1, None, 2, gold=2), Comparison(1, 0, None, 3))
+    groups = Groups([group(5, [4, 9, 7], comparisons=comparisons)])
+    parts = every_comparison(groups)
+    plain = pack_slices(groups, parts, token_budget=99)
+    gold = pack_slices(groups, parts, token_budget=99, gold=True)
+    assert (plain.gold_tokens, gold.gold_tokens) == (0, 14)
+    assert gold.computed_tokens == plain.computed_tokens + 6 == make_batch([groups[0]], parts, gold=True).tokens
+    planner = StepPlanner(groups, batch_size=3, token_budget=99, seed=0, gold=True)
+    assert planner.step(0) == gold

@@ -3,13 +3,16 @@
     settings    what the recipe says about data
     files       a file -> records                  sources    a file, folder or hub name -> records
     filters     data.filter -> conditions          formats    a record -> one row of text
+    cells       what one cell may hold             prompts    where the prompt ends
     reading     records -> a table of text rows    tokenizer  what is needed of a tokenizer
     tokenize    text rows -> ids, exact boundary   truncation what gives way in a long row
     tokenized   a source as ids, cached            cache      a folder built once, published atomically
     grouping    rows -> groups                     groups     PromptGroup, Comparison, GroupDataset
-    report      what happened to the rows          load       all of it, in order
+    mismatched  partners of other prompts          group_layout  where everything in the groups lies
+    counting    what became of a source's rows     report     all that is said of the data
+    load        all of it, in order
 
-`groups` and `settings` import nothing heavier than numpy; the rest is imported when it is asked for.
+`groups`, `mismatched` and `settings` import nothing heavier than numpy; the rest is imported when it is asked for.
 """
 
 from __future__ import annotations

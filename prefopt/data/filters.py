@@ -25,7 +25,7 @@ def parse_filter(conditions: Mapping[str, Any]) -> dict[str, Condition]:
 
     A string that begins with >=, <=, >, <, == or != is a comparison; any other string, number, boolean or
     null must be equal; of a list, one value must be. Numbers in text (CSV) count as numbers. A missing or
-    non-numeric value satisfies no order.
+    non-numeric value satisfies no order; `"!= null"` keeps the rows that have the column at all.
 
     Raises:
         DataError: a comparison without a number, or a value that cannot be compared; all at once.
@@ -70,10 +70,11 @@ def _condition(wanted: Any) -> Condition:
         value = _plain(wanted)
         return lambda given: _equal(given, value)
     sign, right = match.groups()
+    other = None if right == "null" else right
     if sign == "==":
-        return lambda given: _equal(given, right)
+        return lambda given: _equal(given, other)
     if sign == "!=":
-        return lambda given: not _equal(given, right)
+        return lambda given: not _equal(given, other)
     limit = _number(right)
     if limit is None:
         raise ValueError(f"a number after {sign}")

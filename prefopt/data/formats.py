@@ -1,51 +1,69 @@
-"""One record -> one row of text: TRL's preference formats, standard and conversational, paired and unpaired.
+"""One record -> one row of text: TRL's preference formats and lists; standard and conversational.
 
     {prompt, chosen, rejected}      explicit prompt
     {chosen, rejected}              implicit prompt: what both begin with
     {prompt, completion, label}     unpaired; for conversations the prompt may lie in the completion
+    {prompt, completions}           a list of at least two, best first; or with `scores` (higher is better, one
+                                    number per completion) or `ranks` (1 is best), which then give the order
 
-Each text is a string or a list of {role, content} messages. `preference_probability`, `tools` and
-`chat_template_kwargs` may be added. Reference: TRL's documentation, "Dataset formats and types".
+Each text is a string or a list of {role, content} messages. These columns may be added:
+
+    preference_probability          probability that chosen is the better one (pairs)
+    chosen_score, rejected_score    a reward model's or annotator's score (pairs); `score` where unpaired. A number,
+                                    or a list of numbers: one per reward model of an ensemble
+    value                           expected score of the prompt: V(x)
+    gold                            a third response, better than both (pairs)
+    tools, chat_template_kwargs     for the chat template
+
+Null, an empty cell and NaN mean that a row has none of these. Reference: TRL's documentation, "Dataset formats and
+types".
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from prefopt.data.cells import (
+    BadRow,
+    Text,
+    described,
+    finite_of,
+    is_blank,
+    label_of,
+    listed,
+    messages_of,
+    number_of,
+    score_of,
+    stored,
+    template_arguments,
+    text_of,
+)
+from prefopt.data.prompts import split_conversation, split_plain, without_prompt
 from prefopt.data.report import Dropped
 
-Kind = Literal["paired", "unpaired"]
-Message = dict[str, Any]
-Text = str | list[Message]
+Kind = Literal["paired", "unpaired", "ranked"]
 
-COLUMNS = (
-    "prompt",
-    "chosen",
-    "rejected",
-    "completion",
-    "label",
+JUDGED = ("prompt", "chosen", "rejected", "completion", "label", "completions")
+"""The roles that make a row what it is."""
+ADDED = (
+    "scores",
+    "ranks",
     "preference_probability",
+    "chosen_score",
+    "rejected_score",
+    "score",
+    "value",
+    "gold",
     "tools",
     "chat_template_kwargs",
 )
+COLUMNS = JUDGED + ADDED
 """The roles that columns can have; the keys of `data.columns`."""
 
-WORD = 32
-"""Characters that a common beginning is cut back at most to end between words; longer words are rare, and
-languages without spaces have none."""
-
-_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-
-
-class BadRow(ValueError):
-    """A value of the wrong type: what was expected, what was given, what to do."""
-
-    def __init__(self, expected: str, given: str, fix: str = "correct or remove the row") -> None:
-        super().__init__(f"{expected}, given {given}")
-        self.expected, self.given, self.fix = expected, given, fix
+LISTED = "a completion of the list"
+"""How messages name an entry of `completions`."""
 
 
 @dataclass(frozen=True)
@@ -53,28 +71,42 @@ class TextRow:
     """One row, its prompt made explicit. Conversations are JSON lists of messages."""
 
     prompt: str = ""
-    chosen: str | None = None
-    """None in unpaired rows that are not desirable."""
-    rejected: str | None = None
-    """None in unpaired rows that are desirable."""
+    completions: tuple[str | None, ...] = ()
+    """Chosen, rejected and, where there is one, gold; or the list. None: the side that an unpaired row lacks."""
+    ranked: bool = False
+    """Whether the completions are a list."""
     conversational: bool = False
     template_arguments: str = ""
     """JSON object of `tools` and `chat_template_kwargs`, or nothing."""
     preference_probability: float | None = None
+    scores: tuple[tuple[float, ...], ...] = ()
+    """(completions, models), nothing where a completion has no score; nothing at all where no completion has."""
+    list_scores: tuple[float, ...] = ()
+    """(completions,) of a list: minus the rank, or the mean score; higher is better. Nothing for pairs."""
+    value: float | None = None
     dropped: str = ""
     """Why the row is not used, or nothing."""
 
 
 def by_role(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of a record by role, under the names that `columns` gives."""
-    return {role: values[name] for role in COLUMNS if (name := columns.get(role, role)) in values}
+    """Return the values of a record by role, under the names that `columns` gives; a column has one role."""
+    taken = set(columns.values())
+    names = {role: columns.get(role, role) for role in COLUMNS if role in columns or role not in taken}
+    return {role: values[name] for role, name in names.items() if name in values}
 
 
 def kind_of(values: Mapping[str, Any]) -> Kind | None:
-    """Return what the columns make of a row, None if they do not suffice; pairs come before labels."""
+    """Return what the columns make of a row, None if they do not suffice; pairs before labels before lists."""
     if "chosen" in values and "rejected" in values:
         return "paired"
-    return "unpaired" if "completion" in values and "label" in values else None
+    if "completion" in values and "label" in values:
+        return "unpaired"
+    return "ranked" if "completions" in values else None
+
+
+def order_of(values: Mapping[str, Any]) -> str:
+    """Return what orders the completions of a list: `ranks`, `scores`, or nothing but their own order."""
+    return next((name for name in ("ranks", "scores") if name in values), "")
 
 
 def text_row(values: Mapping[str, Any], kind: Kind) -> TextRow:
@@ -83,178 +115,119 @@ def text_row(values: Mapping[str, Any], kind: Kind) -> TextRow:
     Raises:
         BadRow: a value has the wrong type.
     """
-    sides = ("chosen", "rejected") if kind == "paired" else ("completion",)
-    label = _label(values["label"]) if kind == "unpaired" else None
-    probability = _probability(values.get("preference_probability"))
-    if probability is not None and not 0 <= probability <= 1:
-        return TextRow(dropped=Dropped.PROBABILITY)
-    for name in ("prompt", *sides):
-        if name in values and values[name] is None:
-            return TextRow(dropped=f"{name} is null")
-    texts = [_text(values[side], side) for side in sides]
-    given = _text(values["prompt"], "prompt") if "prompt" in values else None
-    conversational = isinstance(given, list) or any(isinstance(text, list) for text in texts)
-    if conversational:
-        prompt, completions, dropped = _conversation(given, [_messages(text, "assistant") for text in texts])
-    else:
-        prompt, completions, dropped = _plain(given, texts)
-    dropped = dropped or _useless(prompt, completions, sides)
+    names, cells = _judged(values, kind)
+    said, dropped = _numbers(values, kind, len(cells))
+    gold = _gold(values, kind)
     if dropped:
         return TextRow(dropped=dropped)
-    stored = [_stored(completion) for completion in completions]
+    for name, cell in zip(("prompt", *names), (values.get("prompt", ""), *cells)):
+        if cell is None:
+            return TextRow(dropped=f"{name} is null")
+    texts = [text_of(cell, name) for name, cell in zip(names, cells)]
+    given = text_of(values["prompt"], "prompt") if "prompt" in values else None
+    conversational = any(isinstance(text, list) for text in (given, *texts, *gold))
+    split: tuple[Text, list[Text], str]
+    if conversational:
+        split = split_conversation(given, [messages_of(text, "assistant") for text in texts])
+        gold = [without_prompt(split[0], messages_of(text, "assistant")) for text in gold]
+    else:
+        split = split_plain(given, texts)
+        gold = [without_prompt(split[0], text) for text in gold] if given is None else gold
+    prompt, completions, dropped = split
+    dropped = dropped or _useless(prompt, completions, names)
+    if dropped:
+        return TextRow(dropped=dropped)
+    sides: list[str | None] = [stored(text) for text in (*completions, *gold) if not is_blank(text)]
+    if kind == "unpaired":
+        sides.insert(int(label_of(values["label"])), None)
     return TextRow(
-        prompt=_stored(prompt),
-        chosen=stored[0] if label is not False else None,
-        rejected=stored[-1] if label is not True else None,
+        prompt=stored(prompt),
+        completions=tuple(sides),
+        ranked=kind == "ranked",
         conversational=conversational,
-        template_arguments=_template_arguments(values),
-        preference_probability=probability,
+        template_arguments=template_arguments(values),
+        **said,
     )
 
 
-def shared_beginning(first: str, second: str) -> int:
-    """Return how many characters two texts share, cut back to the end of a word, before a space."""
-    end = next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
-    for boundary in range(end, max(end - WORD, 0), -1):
-        if first[boundary - 1].isspace():
-            return boundary - 1 if first[boundary - 1] == " " else boundary
-    return end
+def _judged(values: Mapping[str, Any], kind: Kind) -> tuple[Sequence[str], Sequence[Any]]:
+    """Return the names and cells of the completions that are judged."""
+    if kind == "ranked":
+        cells = listed(values["completions"], "completions")
+        return [LISTED] * len(cells), cells
+    names = ("chosen", "rejected") if kind == "paired" else ("completion",)
+    return names, [values[name] for name in names]
 
 
-def _plain(given: Text | None, texts: Sequence[Text]) -> tuple[Text, list[Text], str]:
-    if given is not None:
-        return given, list(texts), ""
-    if len(texts) == 1:
-        raise BadRow("a prompt", "none", "name its column: data.columns: {prompt: …}")
-    first, second = texts
-    assert isinstance(first, str)
-    assert isinstance(second, str)
-    if first == second:
-        return "", [first, second], Dropped.IDENTICAL
-    end = shared_beginning(first, second)
-    dropped = "" if end else Dropped.NO_SHARED_PROMPT
-    return first[:end], [first[end:], second[end:]], dropped
+def _gold(values: Mapping[str, Any], kind: Kind) -> list[Text]:
+    cell = values.get("gold")
+    if cell is None or cell == "" or cell != cell:
+        return []
+    if kind != "paired":
+        fix = "leave it out, or name the pair's columns: data.columns: {chosen: …, rejected: …}"
+        raise BadRow("no gold: it can only stand beside chosen and rejected", described(cell), fix)
+    gold = text_of(cell, "gold")
+    return [] if is_blank(gold) else [gold]
 
 
-def _conversation(given: Text | None, turns: Sequence[list[Message]]) -> tuple[Text, list[Text], str]:
-    """Split conversations into prompt and completions.
-
-    A prompt that the completions repeat (as text or as messages) is taken out of them.
-    """
-    if given is None or (isinstance(given, str) and all(_holds_prompt(messages) for messages in turns)):
-        return _implicit(turns)
-    prompt = _messages(given, "user")
-    repeated = all(messages[: len(prompt)] == prompt for messages in turns)
-    return prompt, [messages[len(prompt) :] if repeated else messages for messages in turns], ""
-
-
-def _implicit(turns: Sequence[list[Message]]) -> tuple[Text, list[Text], str]:
-    if len(turns) == 1:
-        start = len(turns[0])
-        while start and turns[0][start - 1]["role"] == "assistant":
-            start -= 1
-        return turns[0][:start], [turns[0][start:]], ""
-    first, second = turns
-    if first == second:
-        return [], [first, second], Dropped.IDENTICAL
-    start = next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
-    dropped = "" if start else Dropped.NO_SHARED_PROMPT
-    return first[:start], [first[start:], second[start:]], dropped
+def _numbers(values: Mapping[str, Any], kind: Kind, count: int) -> tuple[dict[str, Any], str]:
+    """Return the numbers of a row by field of `TextRow`, and why they cannot be used, or nothing."""
+    said: dict[str, Any] = {"value": finite_of(values.get("value"), "value")}
+    if kind == "ranked":
+        return _list_numbers(values, count, said)
+    probability = number_of(values.get("preference_probability"), "preference_probability")
+    said["preference_probability"] = probability
+    if kind == "paired":
+        scores = [score_of(values.get(name), name) for name in ("chosen_score", "rejected_score")]
+        if None not in scores:
+            said["scores"] = _of_equal_length(scores, "chosen_score and rejected_score")
+    else:
+        desirable, score = label_of(values["label"]), score_of(values.get("score"), "score")
+        if score is not None:
+            said["scores"] = (score, ()) if desirable else ((), score)
+    outside = probability is not None and not 0 <= probability <= 1
+    return said, Dropped.PROBABILITY if outside else ""
 
 
-def _holds_prompt(messages: list[Message]) -> bool:
-    return bool(messages) and messages[0]["role"] in ("system", "developer", "user")
+def _list_numbers(values: Mapping[str, Any], count: int, said: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Add the scores of a list, and by what it is ordered."""
+    scores = _per_completion(values, "scores", count, score_of)
+    ranks = _per_completion(values, "ranks", count, finite_of)
+    if scores and None not in scores:
+        said["scores"] = _of_equal_length(scores, "scores")
+    if count < 2:
+        return said, Dropped.LIST_SHORT
+    order = {"ranks": ranks, "scores": scores, "": list(range(1, count + 1))}[order_of(values)]
+    if not order or None in order:
+        return said, Dropped.SCORE_NULL
+    by_score = order_of(values) == "scores"
+    said["list_scores"] = tuple(sum(entry) / len(entry) if by_score else -float(entry) for entry in order)
+    return said, Dropped.LIST_TIED if len(set(said["list_scores"])) == 1 else ""
 
 
-def _useless(prompt: Text, completions: Sequence[Text], sides: Sequence[str]) -> str:
+def _per_completion(values: Mapping[str, Any], name: str, count: int, read: Callable[[Any, str], Any]) -> list[Any]:
+    cell = values.get(name)
+    if cell is None:
+        return []
+    cells = listed(cell, name)
+    if len(cells) != count:
+        raise BadRow(f"{name}: one for each of the {count} completions", f"{len(cells)}: {described(cell)}")
+    return [read(entry, name) for entry in cells]
+
+
+def _of_equal_length(scores: Sequence[Any], name: str) -> tuple[tuple[float, ...], ...]:
+    if len({len(score) for score in scores}) > 1:
+        raise BadRow(f"{name}: the scores of the same reward models", described(scores))
+    return tuple(scores)
+
+
+def _useless(prompt: Text, completions: Sequence[Text], names: Sequence[str]) -> str:
     """Return why the row teaches nothing, or nothing."""
     if isinstance(prompt, list) and not prompt:
         return Dropped.PROMPT_EMPTY
-    for side, completion in zip(sides, completions):
-        if _blank(completion):
-            return f"{side} is empty"
-    return Dropped.IDENTICAL if len(completions) == 2 and completions[0] == completions[1] else ""
-
-
-def _blank(text: Text) -> bool:
-    if isinstance(text, str):
-        return not text.strip()
-    return not any(_says_something(message) for message in text)
-
-
-def _says_something(message: Message) -> bool:
-    content = message.get("content")
-    return bool(content.strip() if isinstance(content, str) else content) or bool(message.get("tool_calls"))
-
-
-def _text(value: Any, name: str) -> Text:
-    """Check that a value is text or messages."""
-    if isinstance(value, str):
-        return _storable(value, name)
-    if isinstance(value, Mapping):
-        value = [value]
-    if not isinstance(value, list):
-        raise BadRow(f"{name}: text or a list of {{role, content}} messages", _described(value))
-    for message in value:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise BadRow(f"{name}: messages with a role and a content", _described(message))
-        if not isinstance(message.get("content"), str | list | None):
-            raise BadRow(f"{name}: a message whose content is text", _described(message["content"]))
-    # Columnar files give every message every key that any message has; the template must not see those.
-    return [{key: item for key, item in message.items() if item is not None} for message in value]
-
-
-def _messages(text: Text, role: str) -> list[Message]:
-    return [{"role": role, "content": text}] if isinstance(text, str) else text
-
-
-def _stored(text: Text) -> str:
-    return text if isinstance(text, str) else _storable(json.dumps(text, ensure_ascii=False), "a message")
-
-
-def _storable(text: str, name: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(f"{name}: text that UTF-8 can hold", f"half a surrogate pair at {error.start}") from error
-    return text
-
-
-def _template_arguments(values: Mapping[str, Any]) -> str:
-    arguments = {}
-    for name, kind in (("tools", list), ("chat_template_kwargs", dict)):
-        value = values.get(name)
-        if isinstance(value, str):
-            try:
-                value = json.loads(value) if value else None
-            except json.JSONDecodeError as error:
-                raise BadRow(f"{name}: valid JSON", error.msg) from error
-        if value is not None and not isinstance(value, kind):
-            raise BadRow(f"{name}: a {kind.__name__}", _described(value))
-        if value:
-            arguments[name] = value
-    return json.dumps(arguments, ensure_ascii=False) if arguments else ""
-
-
-def _label(value: Any) -> bool:
-    label = _LABELS.get(str(value).strip().lower())
-    if label is None:
-        raise BadRow("label: true, false, 1 or 0", _described(value))
-    return label
-
-
-def _probability(value: Any) -> float | None:
-    """Return the soft label; null, an empty cell and NaN (Parquet's null) mean none."""
-    if value is None or value == "" or value != value:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise BadRow("preference_probability: a number", _described(value))
-    try:
-        return float(value)
-    except ValueError as error:
-        raise BadRow("preference_probability: a number", _described(value)) from error
-
-
-def _described(value: Any) -> str:
-    shown = json.dumps(value, ensure_ascii=False, default=str)
-    return shown if len(shown) <= 60 else shown[:57] + "…"
+    for name, completion in zip(names, completions):
+        if is_blank(completion):
+            return f"{name} is empty"
+    if len(completions) == 1 or any(completion != completions[0] for completion in completions):
+        return ""
+    return Dropped.LIST_IDENTICAL if names[0] == LISTED else Dropped.IDENTICAL

@@ -10,24 +10,34 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from prefopt.data.groups import GroupLayout
+from prefopt.data.group_layout import GroupLayout
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """What is known of each row of a token table without its ids; every array is (rows,)."""
+    """What is known of each row of a token table without its ids; every array is (rows, ...).
+
+    The places of a row are its completions: chosen, rejected and gold; or those of a list. Rows that have fewer than
+    others leave the last places empty.
+    """
 
     used: np.ndarray
     """Whether the row has ids."""
     prompt_lengths: np.ndarray
     prompt_hashes: np.ndarray
     has: np.ndarray
-    """(rows, 2) whether there is a chosen, a rejected completion."""
+    """(rows, places) whether there is a completion."""
     lengths: np.ndarray
-    """(rows, 2) tokens."""
+    """(rows, places) tokens."""
     hashes: np.ndarray
-    """(rows, 2)"""
+    """(rows, places)"""
+    scores: np.ndarray
+    """(rows, places, models) NaN where the data give none."""
+    list_scores: np.ndarray
+    """(rows, places) by what a list is ordered, higher is better; NaN in rows that are no list."""
     probabilities: np.ndarray
+    """NaN where the data give none."""
+    values: np.ndarray
     """NaN where the data give none."""
     source_rows: np.ndarray
     """From 1 and on through all sources."""
@@ -35,17 +45,29 @@ class TokenRows:
 
 def token_rows(tables: Sequence[datasets.Dataset]) -> TokenRows:
     """Read the small columns of token tables as if they were one."""
-    columns = [table.with_format("arrow")[:] for table in tables]
-    rows = pa.concat_tables(columns)
-    sides = ("chosen", "rejected")
+    rows = pa.concat_tables([table.with_format("arrow")[:] for table in tables])
+    counts = _lengths(rows["completions"])
+    row, place = _positions(counts)
+    shape = (rows.num_rows, max(2, counts.max(initial=0)))
+    inner = pc.list_flatten(rows["completions"])
+    has = np.zeros(shape, dtype=bool)
+    lengths, hashes = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    has[row, place] = inner.is_valid().to_numpy()
+    lengths[row, place] = _lengths(inner)
+    hashes[row, place] = pc.list_flatten(rows["completion_hashes"]).to_numpy()
+    list_scores = np.full(shape, np.nan)
+    list_scores[_positions(_lengths(rows["list_scores"]))] = pc.list_flatten(rows["list_scores"]).to_numpy()
     return TokenRows(
         used=pc.equal(rows["dropped"], "").to_numpy(),
         prompt_lengths=_lengths(rows["prompt"]),
         prompt_hashes=rows["prompt_hash"].to_numpy(),
-        has=np.stack([rows[side].is_valid().to_numpy() for side in sides], axis=1),
-        lengths=np.stack([_lengths(rows[side]) for side in sides], axis=1),
-        hashes=np.stack([rows[f"{side}_hash"].to_numpy() for side in sides], axis=1),
+        has=has,
+        lengths=lengths,
+        hashes=hashes,
+        scores=_scores(rows["scores"], shape),
+        list_scores=list_scores,
         probabilities=rows["preference_probability"].to_numpy().astype(np.float64),
+        values=rows["value"].to_numpy().astype(np.float64),
         source_rows=np.arange(1, rows.num_rows + 1),
     )
 
@@ -71,29 +93,60 @@ def group_rows(known: TokenRows, rows: np.ndarray, *, by_prompt: bool) -> GroupL
     groups = len(first_of_group)
 
     present = known.has[rows]
-    cells = (2 * rows[:, None] + np.arange(2))[present]
-    row_of_cell, side = np.divmod(cells, 2)
-    group_of_cell = np.broadcast_to(group[:, None], present.shape)[present]
-    lengths = known.lengths[row_of_cell, side]
-    completion_of_cell, first_cell = _numbered(group_of_cell, known.hashes[row_of_cell, side], lengths)
-    completion_offsets = _offsets(group_of_cell[first_cell], groups)
-
+    at, place = np.nonzero(present)
+    lengths, hashes = known.lengths[rows[at], place], known.hashes[rows[at], place]
+    completion, first = _numbered(group[at], hashes, lengths)
+    completion_offsets = _offsets(group[at][first], groups)
     index = np.full(present.shape, -1, dtype=np.int64)
-    index[present] = completion_of_cell - completion_offsets[group_of_cell]
+    index[present] = completion - completion_offsets[group[at]]
+
+    of, better, worse = _comparisons(known.list_scores[rows])
+    sides = np.stack((better, worse), axis=1)
+    is_pair = np.isnan(known.list_scores[rows][:, 0])
     return GroupLayout(
         prompt_rows=rows[first_of_group],
         prompt_lengths=known.prompt_lengths[rows[first_of_group]],
         prompt_hashes=known.prompt_hashes[rows[first_of_group]],
         completion_offsets=completion_offsets,
-        completion_cells=cells[first_cell],
-        completion_lengths=lengths[first_cell],
-        completion_hashes=known.hashes[row_of_cell, side][first_cell],
-        comparison_offsets=_offsets(group, groups),
-        chosen=index[:, 0],
-        rejected=index[:, 1],
-        probabilities=known.probabilities[rows],
-        source_rows=known.source_rows[rows],
+        completion_rows=rows[at][first],
+        completion_places=place[first],
+        completion_lengths=lengths[first],
+        completion_hashes=hashes[first],
+        comparison_offsets=_offsets(group[of], groups),
+        chosen=index[of, better],
+        rejected=index[of, worse],
+        gold=np.where(is_pair, index[:, 2], -1)[of] if index.shape[1] > 2 else np.full(len(of), -1),
+        list_numbers=(np.arange(len(rows)) - first_of_group[group])[of],
+        list_scores=_list_scores(known)[rows[of][:, None], sides],
+        scores=known.scores[rows[of][:, None], sides],
+        probabilities=known.probabilities[rows[of]],
+        values=known.values[rows[of]],
+        source_rows=known.source_rows[rows[of]],
     )
+
+
+def _comparisons(list_scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return row, better and worse place of every comparison, in the order of the rows.
+
+    The first place of a pair beats the second; in a list every place beats those of a lower score.
+    """
+    beats = list_scores[:, :, None] > list_scores[:, None, :]
+    beats[np.isnan(list_scores[:, 0]), 0, 1] = True
+    of, better, worse = np.nonzero(beats)
+    return of, better, worse
+
+
+def _list_scores(known: TokenRows) -> np.ndarray:
+    """Return (rows, places) scores of lists; a pair is a list of two with its mean scores, or with 1 and 0.
+
+    Pairs have 1 and 0 unless every one of them has scores: the two are of different units.
+    """
+    pairs = np.isnan(known.list_scores[:, 0])
+    filled = known.list_scores.copy()
+    means = known.scores[:, :2].mean(axis=2)
+    all_scored = not np.isnan(means[known.used & pairs]).any()
+    filled[pairs, :2] = means[pairs] if all_scored else (1.0, 0.0)
+    return filled
 
 
 def _numbered(*keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,6 +158,22 @@ def _numbered(*keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     return rank[inverse.reshape(-1)], first[order]
+
+
+def _scores(lists: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return (rows, places, models) the scores of nested lists."""
+    inner = pc.list_flatten(lists)
+    row, place = _positions(_lengths(lists))
+    of, model = _positions(_lengths(inner))
+    scores = np.full((*shape, 1 + model.max(initial=0)), np.nan)
+    scores[row[of], place[of], model] = pc.list_flatten(inner).to_numpy()
+    return scores
+
+
+def _positions(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return, of every element of lists with these lengths, its list and its place in it."""
+    of = np.repeat(np.arange(len(counts)), counts)
+    return of, np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _offsets(group_of: np.ndarray, groups: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from prefopt.data.group_layout import GroupLayout
+
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,27 @@ class Comparison:
     """Probability that chosen beats rejected; None where the data give no soft label."""
     row: int
     """Row of the source data, counted from 1 and on through all sources; for messages."""
+    chosen_score: tuple[float, ...] | None = None
+    """Of each reward model; None where the data give none."""
+    rejected_score: tuple[float, ...] | None = None
+    """Of each reward model; None where the data give none."""
+    value: float | None = None
+    """Expected score of the prompt; None where the data give none."""
+    gold: int | None = None
+    """Index into `PromptGroup.completions` of a third, better one; None where the data give none."""
+    list_number: int | None = None
+    """Which list of its group the comparison belongs to, from 0; None: it is a list of its own."""
+    list_scores: tuple[float, float] = (1.0, 0.0)
+    """What chosen and rejected are worth in their list: scores, or minus their ranks."""
+
+
+def lists_of(comparisons: Sequence[Comparison]) -> list[tuple[int, ...]]:
+    """Return the comparisons of each list, as indices, lists in their order of appearance."""
+    lists: dict[tuple[bool, int], list[int]] = {}
+    for index, comparison in enumerate(comparisons):
+        number = comparison.list_number
+        lists.setdefault((number is None, index if number is None else number), []).append(index)
+    return [tuple(members) for members in lists.values()]
 
 
 @dataclass(frozen=True)
@@ -42,80 +66,11 @@ class PromptGroup:
     comparisons: tuple[Comparison, ...]
 
 
-@dataclass(frozen=True)
-class GroupLayout:
-    """Everything about the groups but their token ids; flat arrays, ragged by offsets.
-
-    What belongs to group g lies in `[offsets[g] : offsets[g + 1]]`.
-    """
-
-    prompt_rows: np.ndarray
-    """(groups,) row of the token table that holds the prompt."""
-    prompt_lengths: np.ndarray
-    """(groups,) tokens."""
-    prompt_hashes: np.ndarray
-    """(groups,) 64-bit hash of the prompt before any cut."""
-    completion_offsets: np.ndarray
-    """(groups + 1,)"""
-    completion_cells: np.ndarray
-    """(completions,) 2 * row of the token table + side, where side 0 is chosen and 1 is rejected."""
-    completion_lengths: np.ndarray
-    """(completions,) tokens."""
-    completion_hashes: np.ndarray
-    """(completions,) 64-bit hash of the token ids."""
-    comparison_offsets: np.ndarray
-    """(groups + 1,)"""
-    chosen: np.ndarray
-    """(comparisons,) index among the group's completions, -1 for none."""
-    rejected: np.ndarray
-    """(comparisons,) index among the group's completions, -1 for none."""
-    probabilities: np.ndarray
-    """(comparisons,) float64, NaN where the data give none."""
-    source_rows: np.ndarray
-    """(comparisons,) row of the source data, from 1."""
-
-    def select(self, groups: np.ndarray) -> GroupLayout:
-        """Return the layout of some groups, in the order given."""
-        completions, completion_offsets = _gather(self.completion_offsets, groups)
-        comparisons, comparison_offsets = _gather(self.comparison_offsets, groups)
-        return GroupLayout(
-            prompt_rows=self.prompt_rows[groups],
-            prompt_lengths=self.prompt_lengths[groups],
-            prompt_hashes=self.prompt_hashes[groups],
-            completion_offsets=completion_offsets,
-            completion_cells=self.completion_cells[completions],
-            completion_lengths=self.completion_lengths[completions],
-            completion_hashes=self.completion_hashes[completions],
-            comparison_offsets=comparison_offsets,
-            chosen=self.chosen[comparisons],
-            rejected=self.rejected[comparisons],
-            probabilities=self.probabilities[comparisons],
-            source_rows=self.source_rows[comparisons],
-        )
-
-    def content_hash(self) -> str:
-        """Return a hash of tokens, structure and labels; where the rows came from does not enter."""
-        hasher = hashlib.blake2b(digest_size=16)
-        for array in (
-            self.prompt_hashes,
-            self.prompt_lengths,
-            self.completion_offsets,
-            self.completion_hashes,
-            self.completion_lengths,
-            self.comparison_offsets,
-            self.chosen,
-            self.rejected,
-        ):
-            hasher.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
-        hasher.update(np.ascontiguousarray(self.probabilities, dtype=np.float64).tobytes())
-        return hasher.hexdigest()
-
-
 class GroupDataset:
     """A sequence of prompt groups whose token ids stay in a memory-mapped file."""
 
     def __init__(self, table: datasets.Dataset, layout: GroupLayout, *, paired: bool) -> None:
-        """Take a table with list columns `prompt`, `chosen`, `rejected`, and the groups to make of it."""
+        """Take a table with a list `prompt` and a list of lists `completions`, and the groups to make of it."""
         self.layout = layout
         self.paired = paired
         """False for {prompt, completion, label} data."""
@@ -126,17 +81,21 @@ class GroupDataset:
 
     def __getitem__(self, index: int) -> PromptGroup:
         group = range(len(self))[index]
-        cells = self._completions_of(self.layout.completion_cells, group)
-        rows = sorted({int(self.layout.prompt_rows[group]), *(int(cell) // 2 for cell in cells)})
-        place = {row: number for number, row in enumerate(rows)}
+        layout = self.layout
+        prompt_row = int(layout.prompt_rows[group])
+        rows_of = self._completions_of(layout.completion_rows, group).tolist()
+        rows = sorted({prompt_row, *rows_of})
+        number = {row: place for place, row in enumerate(rows)}
         tokens = self._table[rows]
-
-        def ids(row: int, column: str) -> np.ndarray:
-            return tokens.column(column)[place[row]].values.to_numpy().astype(np.int64)
-
+        prompts, completions = tokens.column("prompt"), tokens.column("completions")
+        places = self._completions_of(layout.completion_places, group).tolist()
+        lengths = self._completions_of(layout.completion_lengths, group).tolist()
         return PromptGroup(
-            prompt=ids(int(self.layout.prompt_rows[group]), "prompt"),
-            completions=tuple(ids(int(cell) // 2, "rejected" if int(cell) % 2 else "chosen") for cell in cells),
+            prompt=_ids(prompts[number[prompt_row]]),
+            completions=tuple(
+                _ids(completions[number[row]].values[place])[:length]
+                for row, place, length in zip(rows_of, places, lengths)
+            ),
             comparisons=self.comparisons(group),
         )
 
@@ -164,19 +123,41 @@ class GroupDataset:
         """Largest token id of the table, read column by column."""
         import pyarrow.compute as pc
 
-        chunks = self._table.data.table
-        largest = [pc.max(pc.list_flatten(chunks.column(name))).as_py() for name in ("prompt", "chosen", "rejected")]
+        largest = [pc.max(column).as_py() for column in self._token_columns()]
         return max((value for value in largest if value is not None), default=0)
 
     def share_of(self, token: int) -> float:
         """Share of the table's tokens that are this one."""
         import pyarrow.compute as pc
 
-        table = self._table.data.table
-        columns = [pc.list_flatten(table.column(name)) for name in ("prompt", "chosen", "rejected")]
+        columns = self._token_columns()
         total = sum(len(column) for column in columns)
         hits = sum(pc.sum(pc.equal(column, token)).as_py() or 0 for column in columns)
         return hits / total if total else 0.0
+
+    @cached_property
+    def lists_per_group(self) -> np.ndarray:
+        """(groups,) number of lists of each group; a pair is a list of two."""
+        if not len(self):
+            return np.zeros(0, dtype=np.int64)
+        return np.maximum.reduceat(self.layout.list_numbers, self.layout.comparison_offsets[:-1]) + 1
+
+    @property
+    def without_scores(self) -> int:
+        """Comparisons of which a completion has no score."""
+        missing = np.isnan(self.layout.scores).any(axis=2)
+        sides = np.stack((self.layout.chosen, self.layout.rejected), axis=1)
+        return int((missing & (sides >= 0)).any(axis=1).sum())
+
+    @property
+    def without_values(self) -> int:
+        """Comparisons whose prompt has no value."""
+        return int(np.isnan(self.layout.values).sum())
+
+    @property
+    def without_gold(self) -> int:
+        """Comparisons that have no gold completion."""
+        return int((self.layout.gold < 0).sum())
 
     @property
     def longest_row(self) -> int:
@@ -190,35 +171,66 @@ class GroupDataset:
 
     def comparisons(self, group: int) -> tuple[Comparison, ...]:
         """Return the comparisons of a group, without reading token ids."""
-        start, end = self.layout.comparison_offsets[group : group + 2]
+        layout, (start, end) = self.layout, self.layout.comparison_offsets[group : group + 2]
         return tuple(
             Comparison(
-                chosen=int(chosen) if chosen >= 0 else None,
-                rejected=int(rejected) if rejected >= 0 else None,
-                preference_probability=None if np.isnan(probability) else float(probability),
-                row=int(row),
+                chosen=_index(chosen),
+                rejected=_index(rejected),
+                preference_probability=_number(probability),
+                row=row,
+                chosen_score=_score(scores[0]),
+                rejected_score=_score(scores[1]),
+                value=_number(value),
+                gold=_index(gold),
+                list_number=number,
+                list_scores=(worth[0], worth[1]),
             )
-            for chosen, rejected, probability, row in zip(
-                self.layout.chosen[start:end],
-                self.layout.rejected[start:end],
-                self.layout.probabilities[start:end],
-                self.layout.source_rows[start:end],
+            for chosen, rejected, probability, row, scores, value, gold, number, worth in zip(
+                layout.chosen[start:end].tolist(),
+                layout.rejected[start:end].tolist(),
+                layout.probabilities[start:end].tolist(),
+                layout.source_rows[start:end].tolist(),
+                layout.scores[start:end].tolist(),
+                layout.values[start:end].tolist(),
+                layout.gold[start:end].tolist(),
+                layout.list_numbers[start:end].tolist(),
+                layout.list_scores[start:end].tolist(),
             )
         )
 
     def select(self, indices: Sequence[int] | np.ndarray) -> GroupDataset:
         """Return a dataset of some groups, in the order given."""
         groups = np.arange(len(self))[np.asarray(indices, dtype=np.int64)]
-        return GroupDataset(self._table, self.layout.select(groups), paired=self.paired)
+        return self.laid_out(self.layout.select(groups), paired=self.paired)
+
+    def laid_out(self, layout: GroupLayout, *, paired: bool) -> GroupDataset:
+        """Return other groups of the same table."""
+        return GroupDataset(self._table, layout, paired=paired)
+
+    def _token_columns(self) -> list[pa.ChunkedArray]:
+        """Return the token ids of the table as flat columns."""
+        import pyarrow.compute as pc
+
+        table = self._table.data.table
+        flat = pc.list_flatten(pc.list_flatten(table.column("completions")))
+        return [pc.list_flatten(table.column("prompt")), flat]
 
     def _completions_of(self, values: np.ndarray, group: int) -> np.ndarray:
         start, end = self.layout.completion_offsets[group : group + 2]
         return values[start:end]
 
 
-def _gather(offsets: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the flat positions of what belongs to the groups, and the offsets they have then."""
-    lengths = offsets[groups + 1] - offsets[groups]
-    gathered = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    shift = np.repeat(offsets[groups] - gathered[:-1], lengths)
-    return np.arange(gathered[-1]) + shift, gathered
+def _ids(tokens: pa.ListScalar) -> np.ndarray:
+    return tokens.values.to_numpy().astype(np.int64)
+
+
+def _index(place: int) -> int | None:
+    return place if place >= 0 else None
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _score(models: list[float]) -> tuple[float, ...] | None:
+    return None if math.isnan(models[0]) else tuple(models)

@@ -10,12 +10,12 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow.compute as pc
 
-from prefopt.data.formats import COLUMNS
+from prefopt.data.counting import source_report
+from prefopt.data.formats import COLUMNS, JUDGED
 from prefopt.data.grouping import TokenRows, group_rows, token_rows
 from prefopt.data.groups import GroupDataset
-from prefopt.data.report import Cut, DataReport, Dropped, SetReport, SourceReport, example_of
+from prefopt.data.report import DataReport, Dropped, SetReport, example_of
 from prefopt.data.settings import DataSettings
 from prefopt.data.sources import Role, Source, find_sources
 from prefopt.data.tokenized import TokenizedSource, Tokenizing, tokenized_source
@@ -53,7 +53,7 @@ def load_data(settings: DataSettings, tokenizer: Any, *, seed: int, quiet: bool 
     with _progress_bars(shown=not quiet):
         train, held = _tokenized(_sources(settings), how)
     _refuse_mixed(train + held)
-    paired = any(each.kind == "paired" for each in train)
+    paired = any(each.kind in ("paired", "ranked") for each in train)
     known = token_rows([each.table for each in train])
     rows = _weighted(train, known, seed)
     _refuse_empty("data.train", train, rows, settings)
@@ -73,7 +73,7 @@ def load_data(settings: DataSettings, tokenizer: Any, *, seed: int, quiet: bool 
     unknown = 0.0 if tokenizer.unk_token_id in used else train_set.share_of(tokenizer.unk_token_id)
     _refuse_unknown_text(unknown, tokenizer)
     report = DataReport(
-        sources=tuple(_source_report(each) for each in train + held),
+        sources=tuple(source_report(each) for each in train + held),
         train=SetReport.of(train_set),
         eval=None if eval_set is None else SetReport.of(eval_set),
         shared_prompts=0 if eval_set is None else _shared_prompts(train_set, eval_set),
@@ -98,7 +98,7 @@ def _sources(settings: DataSettings) -> list[Source]:
         if role not in COLUMNS
     ]
     for role, column in settings.columns.items():
-        if {role, column} <= set(COLUMNS) and column != role and column not in settings.columns:
+        if role in COLUMNS and column in JUDGED and column != role and column not in settings.columns:
             fix = f"say where {column} comes from too, or map only columns of other names"
             given = f"{column}, a role itself"
             problems.append(Problem(f"data.columns.{role}", "a column that has one role", given, fix))
@@ -136,15 +136,21 @@ def _tokenized(sources: Sequence[Source], how: Tokenizing) -> tuple[list[Tokeniz
 
 
 def _refuse_mixed(sources: Sequence[TokenizedSource]) -> None:
+    problems = []
     if len({each.kind for each in sources} - {None}) > 1:
-        raise DataError(
-            Problem(
-                "data",
-                "sources of one kind: pairs, or completions with labels",
-                "; ".join(f"{each.source.name}: {each.kind}" for each in sources),
-                "train on one kind",
-            )
-        )
+        kinds = "; ".join(f"{each.source.name}: {each.kind}" for each in sources)
+        expected = "sources of one kind: pairs, completions with labels, or lists"
+        problems.append(Problem("data", expected, kinds, "train on one kind"))
+    if len({each.models for each in sources} - {0}) > 1:
+        models = "; ".join(f"{each.source.name}: {each.models}" for each in sources)
+        expected = "scores of the same number of reward models in every source"
+        problems.append(Problem("data", expected, models, "leave some out, or name one column in data.columns"))
+    if len({each.order for each in sources if each.kind == "ranked"}) > 1:
+        orders = "; ".join(f"{each.source.name}: {each.order or 'best first'}" for each in sources)
+        expected = "lists of all sources ordered in one way: by ranks, by scores, or the best first"
+        problems.append(Problem("data", expected, orders, "give all of them scores, or all of them ranks"))
+    if problems:
+        raise DataError(problems)
 
 
 def _weighted(sources: Sequence[TokenizedSource], known: TokenRows, seed: int) -> np.ndarray:
@@ -169,7 +175,7 @@ def _refuse_empty(key: str, sources: Sequence[TokenizedSource], rows: np.ndarray
     dropped: dict[str, int] = {}
     prompts: list[int] = []
     for each in sources:
-        for reason, count in _source_report(each).dropped.items():
+        for reason, count in source_report(each).dropped.items():
             dropped[reason] = dropped.get(reason, 0) + count
         tokens = each.table.with_format("arrow")[:].column("prompt_tokens").to_numpy()
         prompts += tokens[tokens > 0].tolist()
@@ -251,28 +257,6 @@ def _leaves_template_unused(settings: DataSettings, tokenizer: Any, sources: Seq
 
 def _shared_prompts(train: GroupDataset, held: GroupDataset) -> int:
     return len(np.intersect1d(train.layout.prompt_hashes, held.layout.prompt_hashes))
-
-
-def _source_report(tokenized: TokenizedSource) -> SourceReport:
-    rows = tokenized.table.with_format("arrow")[:]
-    counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(rows["dropped"]).to_pylist()}
-    kept = counts.pop("", 0)
-
-    def total(column: str) -> int:
-        return pc.sum(rows[column]).as_py() or 0
-
-    cut = {Cut.COMPLETION.value: total("completion_cut"), Cut.PROMPT.value: total("prompt_cut")}
-    return SourceReport(
-        name=tokenized.source.name,
-        role=tokenized.source.role,
-        rows_read=rows.num_rows,
-        rows_kept=kept,
-        dropped=counts,
-        cut={reason: count for reason, count in cut.items() if count},
-        boundary_merges=total("merged"),
-        template_mismatches=total("mismatched"),
-        from_cache=tokenized.from_cache,
-    )
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from pathlib import Path
 import pyarrow as pa
 from datasets.utils import tqdm
 
+from prefopt.data.cells import BadRow
 from prefopt.data.files import Record
 from prefopt.data.filters import Condition, keeps, unknown_columns
-from prefopt.data.formats import COLUMNS, BadRow, Kind, TextRow, by_role, kind_of, text_row
+from prefopt.data.formats import JUDGED, Kind, TextRow, by_role, kind_of, order_of, text_row
 from prefopt.data.report import Dropped
 from prefopt.data.sources import Source
 from prefopt.errors import DataError, Problem, suggest
@@ -19,11 +20,14 @@ from prefopt.errors import DataError, Problem, suggest
 TEXT_SCHEMA = pa.schema(
     {
         "prompt": pa.large_string(),
-        "chosen": pa.large_string(),
-        "rejected": pa.large_string(),
+        "completions": pa.list_(pa.large_string()),
+        "ranked": pa.bool_(),
         "conversational": pa.bool_(),
         "template_arguments": pa.large_string(),
         "preference_probability": pa.float64(),
+        "scores": pa.list_(pa.list_(pa.float64())),
+        "list_scores": pa.list_(pa.float64()),
+        "value": pa.float64(),
         "dropped": pa.string(),
         "row": pa.int64(),
     }
@@ -40,6 +44,10 @@ class Reading:
     source: Source
     rows: int = 0
     kind: Kind | None = None
+    order: str | None = None
+    """What orders the completions of its lists, see `order_of`."""
+    models: int = 0
+    """Reward models that score each completion; 0 before the first score."""
     first_conversation: str = ""
     """Where the first conversation stands."""
     first_plain: str = ""
@@ -122,10 +130,20 @@ def _text_row(reading: Reading, record: Record, conditions: Mapping[str, Conditi
     if kind is None or kind != reading.kind:
         found = ", ".join(record.values) or "no columns"
         return Problem(record.where, f"{_NEEDED[reading.kind]}, as in the rows before", found, _ONE_KIND)
+    if reading.order is None:
+        reading.order = order_of(values)
+    if kind == "ranked" and order_of(values) != reading.order:
+        found = ", ".join(record.values)
+        return Problem(record.where, f"{_ORDERED[reading.order]}, as in the rows before", found, _ONE_ORDER)
     try:
         row = text_row(values, kind)
     except BadRow as error:
         return Problem(record.where, error.expected, error.given, error.fix)
+    models = max(map(len, row.scores), default=0)
+    reading.models = reading.models or models
+    if models not in (0, reading.models):
+        wish = f"scores of {reading.models} reward models, as in the rows before"
+        return Problem(record.where, wish, f"of {models}", "give every row a score of each model")
     if row.conversational:
         reading.first_conversation = reading.first_conversation or record.where
     elif not row.dropped:
@@ -136,9 +154,12 @@ def _text_row(reading: Reading, record: Record, conditions: Mapping[str, Conditi
 _NEEDED: dict[Kind | None, str] = {
     "paired": "chosen and rejected",
     "unpaired": "completion and label",
-    None: "chosen and rejected (with or without prompt), or prompt, completion and label",
+    "ranked": "completions",
+    None: "chosen and rejected (with or without prompt), prompt, completion and label, or prompt and completions",
 }
-_ONE_KIND = "train on pairs or on labelled completions, not on a mix of both"
+_ONE_KIND = "train on pairs, on labelled completions or on lists, not on a mix"
+_ORDERED = {"ranks": "ranks", "scores": "scores", "": "neither scores nor ranks (the best completion first)"}
+_ONE_ORDER = "order the lists of a source in one way: ranks in every row, or scores, or the best first"
 
 
 def _column_problems(record: Record, source: Source) -> list[Problem]:
@@ -146,7 +167,7 @@ def _column_problems(record: Record, source: Source) -> list[Problem]:
     found = list(record.values)
     if problems := _unmapped(source, found, record.where):
         return problems
-    near = [f"for {role}: {hint}" for role in COLUMNS[:5] if role not in found and (hint := suggest(role, found))]
+    near = [f"for {role}: {hint}" for role in JUDGED if role not in found and (hint := suggest(role, found))]
     fix = "name them in the recipe: data.columns: {prompt: <column>, chosen: <column>, rejected: <column>}"
     return [Problem(record.where, _NEEDED[None], _listed(found), "; ".join([fix, *near]))]
 

@@ -33,6 +33,15 @@ class Dropped(StrEnum):
     IDENTICAL_AFTER_CUT = "chosen and rejected are identical after the cut to data.max_length"
     NO_SHARED_PROMPT = "no prompt is given and chosen and rejected begin differently"
     PROBABILITY = "preference_probability outside [0, 1]"
+    GOLD_EMPTY = "gold is empty"
+    LISTED_NULL = "a completion of the list is null"
+    LISTED_EMPTY = "a completion of the list is empty"
+    LIST_SHORT = "a list with fewer than two completions"
+    LIST_IDENTICAL = "all completions of the list are identical"
+    LIST_SAME_IDS = "the completions of the list differ as text and have the same token ids"
+    LIST_IDENTICAL_AFTER_CUT = "the completions of the list are identical after the cut to data.max_length"
+    LIST_TIED = "all completions of the list have the same score or rank"
+    SCORE_NULL = "a score or rank of the list is null"
     PROMPT_TOO_LONG = "prompt alone reaches data.max_length"
     TOO_LONG = "longer than data.max_length"
 
@@ -42,6 +51,15 @@ class Cut(StrEnum):
 
     COMPLETION = "completion cut to data.max_length"
     PROMPT = "start of the prompt cut to data.max_length"
+    REPEATED = "completions that their list holds several times, kept once"
+
+
+class Missing(StrEnum):
+    """What a row that is used may lack; a loss that needs it refuses the data."""
+
+    SCORE = "no score"
+    VALUE = "no value"
+    GOLD = "no gold"
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,8 @@ class SourceReport:
     """Kept rows whose ids at the boundary would differ if prompt and completion were one text."""
     template_mismatches: int
     """Kept rows where the chat template writes the prompt differently once a completion follows."""
+    without: Mapping[str, int]
+    """Kept rows that lack what other rows of the source have."""
     from_cache: bool
     """Whether the token ids were there already."""
 
@@ -94,6 +114,8 @@ class SetReport:
     comparisons: int
     completions: int
     """A completion that several comparisons of a group share counts once."""
+    lists: int
+    """Each with all its comparisons; a pair is a list of two."""
     prompt_tokens: TokenStatistics | None
     """Over groups."""
     chosen_tokens: TokenStatistics | None
@@ -113,6 +135,7 @@ class SetReport:
             groups=len(dataset),
             comparisons=len(layout.chosen),
             completions=len(layout.completion_lengths),
+            lists=int(dataset.lists_per_group.sum()),
             prompt_tokens=TokenStatistics.of(layout.prompt_lengths),
             chosen_tokens=TokenStatistics.of(layout.completion_lengths[chosen]),
             rejected_tokens=TokenStatistics.of(layout.completion_lengths[rejected]),
@@ -165,6 +188,11 @@ class DataReport:
         return _total([source.cut for source in self.sources])
 
     @property
+    def without(self) -> dict[str, int]:
+        """Rows of all sources that lack what other rows of their source have."""
+        return _total([source.without for source in self.sources])
+
+    @property
     def boundary_merges(self) -> int:
         """Rows of all sources whose boundary would merge."""
         return sum(source.boundary_merges for source in self.sources)
@@ -181,6 +209,7 @@ class DataReport:
             "rows_kept": self.rows_kept,
             "dropped": self.dropped,
             "cut": self.cut,
+            "without": self.without,
             "boundary_merges": self.boundary_merges,
             "template_mismatches": self.template_mismatches,
         }
@@ -194,6 +223,7 @@ class DataReport:
         ]
         lines += [f"  dropped {count:,}: {reason}" for reason, count in self.dropped.items()]
         lines += [f"  cut {count:,}: {reason}" for reason, count in self.cut.items()]
+        lines += [f"  {count:,} rows: {what}, unlike the others" for what, count in self.without.items()]
         if self.boundary_merges:
             lines.append(
                 f"  {self.boundary_merges:,} rows: prompt and completion as one text would give other ids "
@@ -249,9 +279,9 @@ def _total(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
 
 
 def _set_lines(name: str, report: SetReport) -> list[str]:
-    lines = [
-        f"  {name}: {report.comparisons:,} comparisons, {report.groups:,} groups, {report.completions:,} completions"
-    ]
+    lists = f" of {report.lists:,} lists" if report.lists < report.comparisons else ""
+    counts = f"{report.comparisons:,} comparisons{lists}, {report.groups:,} groups, {report.completions:,} completions"
+    lines = [f"  {name}: {counts}"]
     for what, statistics in (
         ("prompt", report.prompt_tokens),
         ("chosen", report.chosen_tokens),

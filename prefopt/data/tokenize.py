@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from prefopt.data.formats import LISTED
 from prefopt.data.report import Dropped
 from prefopt.data.settings import Choice, DataSettings, Truncation
 from prefopt.data.tokenizer import SpecialIds, Whitespace, encode
@@ -100,17 +101,19 @@ def tokenize_rows(
 def _unused(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "prompt": [],
-        "chosen": None if row["chosen"] is None else [],
-        "rejected": None if row["rejected"] is None else [],
+        "completions": [],
         "preference_probability": row["preference_probability"],
+        "scores": [],
+        "list_scores": [],
+        "value": row["value"],
         "row": row["row"],
         "prompt_tokens": 0,
         "prompt_hash": 0,
-        "chosen_hash": 0,
-        "rejected_hash": 0,
+        "completion_hashes": [],
         "dropped": row["dropped"],
         "completion_cut": False,
         "prompt_cut": False,
+        "repeated": False,
         "merged": False,
         "mismatched": False,
         "problem": "",
@@ -121,7 +124,7 @@ def _render(row: Mapping[str, Any], tokenizer: Any, rules: TokenRules) -> _Rende
     """Return the texts to tokenize, or why the chat template refuses them."""
     if row["dropped"]:
         return _Rendered("", (), False)
-    sides = [row[side] for side in ("chosen", "rejected") if row[side] is not None]
+    sides = [side for side in row["completions"] if side is not None]
     if row["conversational"]:
         prompt, completions = json.loads(row["prompt"]), [json.loads(side) for side in sides]
     elif rules.chat_template == "always":
@@ -156,12 +159,11 @@ def _finished(
 ) -> dict[str, Any]:
     """Return the columns of a row that has text: EOS added, cut planned, ids hashed; or why it is dropped."""
     split = _split(texts, ids)
-    names = [side for side in ("chosen", "rejected") if row[side] is not None]
     prompt = split.prompt if texts.templated else _with_bos(split.prompt, special)
     closing = special.closing if texts.templated else frozenset([special.eos])
     uncut = [_with_eos(side, special.eos, closing, rules.eos, spaces) for side in split.completions]
     found: dict[str, Any] = {"prompt_tokens": len(prompt)}
-    if dropped := _useless(prompt, split.completions, uncut, names):
+    if dropped := _useless(row, prompt, split.completions, uncut):
         return found | {"dropped": dropped}
     plan = plan_cut(
         len(prompt),
@@ -173,26 +175,57 @@ def _finished(
     if isinstance(plan, Dropped):
         return found | {"dropped": plan.value}
     kept = [side[:length] for side, length in zip(uncut, plan.completions)]
-    if len(kept) == 2 and kept[0] == kept[1]:
-        return found | {"dropped": Dropped.IDENTICAL_AFTER_CUT.value}
+    if _all_equal(row, kept):
+        reason = Dropped.LIST_IDENTICAL_AFTER_CUT if row["ranked"] else Dropped.IDENTICAL_AFTER_CUT
+        return found | {"dropped": reason.value}
+    columns = _completion_columns(row, kept)
+    if "dropped" in columns:
+        return found | columns
     found["prompt"] = prompt[: plan.head] + prompt[len(prompt) - plan.tail :]
     found["prompt_hash"] = hash_of(prompt)
     found["prompt_cut"] = plan.head + plan.tail < len(prompt)
     found["completion_cut"] = kept != uncut
     found["merged"], found["mismatched"] = split.merged, split.mismatched
-    for name, side in zip(names, kept):
-        found[name], found[f"{name}_hash"] = side, hash_of(side)
-    return found
+    return found | columns
 
 
-def _useless(prompt: list[int], completions: list[list[int]], with_eos: list[list[int]], names: list[str]) -> str:
+def _completion_columns(row: Mapping[str, Any], kept: list[list[int]]) -> dict[str, Any]:
+    """Return ids, hashes and scores of a row's completions; equal ones of a list once, where they first appear."""
+    there = iter(kept)
+    sides = [None if side is None else next(there) for side in row["completions"]]
+    places = list(range(len(sides)))
+    if row["ranked"]:
+        first = {tuple(ids): place for place, ids in reversed(list(enumerate(kept)))}
+        places = sorted(first.values())
+    list_scores = [row["list_scores"][place] for place in places] if row["ranked"] else []
+    if row["ranked"] and len(set(list_scores)) == 1:
+        return {"dropped": Dropped.LIST_TIED.value}
+    return {
+        "completions": [sides[place] for place in places],
+        "completion_hashes": [hash_of(sides[place] or []) for place in places],
+        "scores": [row["scores"][place] for place in places if place < len(row["scores"])],
+        "list_scores": list_scores,
+        "repeated": len(places) < len(sides),
+    }
+
+
+def _useless(row: Mapping[str, Any], prompt: list[int], completions: list[list[int]], with_eos: list[list[int]]) -> str:
     """Return why the ids teach nothing, or nothing."""
     if not prompt:
         return Dropped.PROMPT_EMPTY.value
+    names = [LISTED] * len(completions) if row["ranked"] else ["chosen", "rejected", "gold"]
     for name, side in zip(names, completions):
         if not side:
-            return f"{name if len(names) == 2 else 'completion'} is empty"
-    return Dropped.SAME_IDS.value if len(with_eos) == 2 and with_eos[0] == with_eos[1] else ""
+            return f"{name if len(completions) > 1 else 'completion'} is empty"
+    if not _all_equal(row, with_eos):
+        return ""
+    return Dropped.LIST_SAME_IDS.value if row["ranked"] else Dropped.SAME_IDS.value
+
+
+def _all_equal(row: Mapping[str, Any], completions: list[list[int]]) -> bool:
+    """Return whether no two of the judged completions differ; a gold one beside a pair is not judged."""
+    judged = completions if row["ranked"] else completions[:2]
+    return len(judged) > 1 and all(side == judged[0] for side in judged)
 
 
 def _split(texts: _Rendered, ids: Mapping[str, list[int]]) -> _Ids:

@@ -28,23 +28,25 @@ from prefopt.data.tokenizer import SpecialIds, tokenizer_hash
 from prefopt.errors import DataError, Problem
 from prefopt.paths import cache_root
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 """Raise it when a change of this package changes what it makes of the same rows."""
 
 TOKEN_FEATURES = Features(
     {
         "prompt": List(Value("int32")),
-        "chosen": List(Value("int32")),
-        "rejected": List(Value("int32")),
+        "completions": List(List(Value("int32"))),
         "preference_probability": Value("float64"),
+        "scores": List(List(Value("float64"))),
+        "list_scores": List(Value("float64")),
+        "value": Value("float64"),
         "row": Value("int64"),
         "prompt_tokens": Value("int32"),
         "prompt_hash": Value("int64"),
-        "chosen_hash": Value("int64"),
-        "rejected_hash": Value("int64"),
+        "completion_hashes": List(Value("int64")),
         "dropped": Value("string"),
         "completion_cut": Value("bool"),
         "prompt_cut": Value("bool"),
+        "repeated": Value("bool"),
         "merged": Value("bool"),
         "mismatched": Value("bool"),
         "problem": Value("string"),
@@ -66,6 +68,10 @@ class TokenizedSource:
     """None where the filter keeps no row."""
     conversational: bool
     """Whether any row is a conversation."""
+    order: str
+    """What orders its lists: `ranks`, `scores`, or nothing but the order of the completions."""
+    models: int
+    """Reward models that score each completion; 0 where there are no scores."""
     from_cache: bool
 
 
@@ -98,12 +104,12 @@ def tokenized_source(source: Source, how: Tokenizing) -> TokenizedSource:
     build = partial(_build, source, how)
     folder, from_cache = built_folder(root, key, build)
     try:
-        table, kind, conversational = _opened(folder)
+        table, note = _opened(folder)
     except (OSError, ValueError, pa.ArrowException):  # damaged from outside; made again
         shutil.rmtree(folder, ignore_errors=True)
         folder, from_cache = built_folder(root, key, build)
-        table, kind, conversational = _opened(folder)
-    return TokenizedSource(source, table, kind, conversational, from_cache)
+        table, note = _opened(folder)
+    return TokenizedSource(source, table, **note, from_cache=from_cache)
 
 
 def _key(source: Source, how: Tokenizing) -> str:
@@ -137,16 +143,20 @@ def _build(source: Source, how: Tokenizing, folder: Path) -> None:
         desc=f"Tokenizing {Path(source.name).name}",
     )
     _refuse_template_problems(source, tokens)
-    (folder / "source.json").write_text(
-        json.dumps({"kind": reading.kind, "conversational": bool(reading.first_conversation)})
-    )
+    note = {
+        "kind": reading.kind,
+        "conversational": bool(reading.first_conversation),
+        "order": reading.order or "",
+        "models": reading.models,
+    }
+    (folder / "source.json").write_text(json.dumps(note))
     text_file.unlink()
 
 
-def _opened(folder: Path) -> tuple[datasets.Dataset, Kind | None, bool]:
+def _opened(folder: Path) -> tuple[datasets.Dataset, dict[str, Any]]:
     note = json.loads((folder / "source.json").read_text())
     parts = [datasets.Dataset.from_file(str(path)) for path in sorted(folder.glob("tokens*.arrow"))]
-    return datasets.concatenate_datasets(parts), note["kind"], note["conversational"]
+    return datasets.concatenate_datasets(parts), note
 
 
 def _processes(wanted: int | None, rows: int) -> int | None:

@@ -44,6 +44,17 @@ Spellings:
     loss:                                   # a weighted sum with hyper-parameters; weight 1 where absent
       - {name: dpo, beta: 0.1}
       - {name: sft, weight: 0.5}
+    loss: {name: gpo, f: my_module:my_f}    # a function of your own: elementwise, torch tensor to tensor
+    loss:                                   # written in the algebra itself; every key of a term has a default
+      name: mine
+      terms:
+        - {f: squared, beta: 0.2, aggregate: mean}
+        - {f: linear, contrast: chosen, reference: false, coefficient: 0.5}
+
+A term is `coefficient * weight * (q f(x) + (1 - q) f(-x))` with `x = beta * (a . s - shift)`; its keys are `f`,
+`beta`, `aggregate` (sum, mean), `reference`, `link`, `contrast` (pair, chosen, rejected, negated_chosen), `shift`,
+`q`, `soft_labels`, `coefficient` and `weight` (one, token_share). `my_module` is looked for where Python looks, and
+in the folder in which `prefopt` is called.
 
 `prefopt losses` lists the methods, `prefopt losses dpo` explains one with its hyper-parameters.
 """

@@ -96,7 +96,7 @@ class DataRecipe(Section):
     truncation: Literal["completion", "prompt", "drop"] = "completion"
     """What gives way in a longer row: the end of the completion, the start of the prompt, or the row."""
     columns: dict[str, str] = {}
-    """The data's own column names, by role: `{chosen: my_best_answer}`."""
+    """The data's own column names, by role: `{chosen: my_best_answer}`; the roles stand in `docs/data.md`."""
     split: str | None = None
     """Split to train on; needed only where the data leave a choice."""
     filter: dict[str, Any] = {}

@@ -23,6 +23,7 @@ from prefopt.errors import DataError
         ("<= -1", [-1, -2], [0]),
         ("!= en", ["de", None], ["en"]),
         ("== 0.5", [0.5, "0.50"], [0.6, None]),
+        ("!= null", [0.5, "", "null"], [None]),
     ],
 )
 def test_a_condition_keeps_these_values_and_leaves_those(wanted, kept, left):

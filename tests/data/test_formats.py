@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefopt.data.formats import BadRow, by_role, kind_of, shared_beginning, text_row
+from prefopt.data.cells import BadRow
+from prefopt.data.formats import COLUMNS, by_role, kind_of, text_row
+from prefopt.data.prompts import shared_beginning
 from prefopt.data.report import Dropped
 
 USER = {"role": "user", "content": "Q"}
@@ -19,11 +23,11 @@ SIX = "What is six?"
 
 
 def read(**values):
-    """(prompt, chosen, rejected, conversational) with messages parsed."""
+    """(prompt, chosen, rejected), with gold where there is one, or (prompt, *list); messages parsed."""
     row = text_row(values, kind_of(values))
     assert not row.dropped
     parse = json.loads if row.conversational else str
-    return tuple(None if text is None else parse(text) for text in (row.prompt, row.chosen, row.rejected))
+    return tuple(None if text is None else parse(text) for text in (row.prompt, *row.completions))
 
 
 def dropped(**values):
@@ -174,3 +178,19 @@ def test_the_shared_beginning_is_shared_and_ends_a_word(start, first, second):
 def test_a_language_without_spaces_is_split_where_it_differs():
     first, second = "天" * 60 + "你", "天" * 60 + "我"
     assert shared_beginning(first, second) == 60
+
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+EXAMPLES = [line for block in re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_every_example_of_the_page_on_data_is_a_row_that_is_used(line):
+    row = json.loads(line)
+    assert set(row) <= set(COLUMNS)
+    assert not dropped(**row)
+
+
+def test_the_page_on_data_names_every_column_and_every_reason():
+    assert [column for column in COLUMNS if f"`{column}`" not in PAGE and f'"{column}"' not in PAGE] == []
+    assert [reason.value for reason in Dropped if f"* {reason.value}\n" not in PAGE] == []

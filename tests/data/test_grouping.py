@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefopt.data.group_layout import GroupLayout
 from prefopt.data.grouping import TokenRows, group_rows
-from prefopt.data.groups import GroupLayout
 
 CELLS = st.tuples(st.integers(0, 3), st.one_of(st.none(), st.integers(0, 4)), st.one_of(st.none(), st.integers(5, 8)))
 
@@ -29,6 +29,9 @@ def known(rows):
         has=sides >= 0,
         lengths=sides + 1,
         hashes=sides,
+        scores=np.full((len(rows), 2, 1), np.nan),
+        list_scores=np.full((len(rows), 2), np.nan),
+        values=np.full(len(rows), np.nan),
         probabilities=np.full(len(rows), np.nan),
         source_rows=np.arange(1, len(rows) + 1),
     )
@@ -167,8 +170,17 @@ def test_the_fingerprint_follows_content_not_place(load, write):
     assert len(changed | {one}) == 5
 
 
+@pytest.mark.parametrize(
+    ("by_prompt", "before"),
+    [(True, "6f5eb17214031a54509f2b6a6eddc462"), (False, "06fd46aa90ead6c46b2cc49703ab0b98")],
+)
+def test_plain_pairs_and_labels_keep_the_fingerprint_they_had_before_there_were_scores_and_lists(by_prompt, before):
+    rows = [(1, 0, 5), (2, None, 6), (1, 0, 6), (1, 3, None)]
+    assert group_rows(known(rows), np.arange(4), by_prompt=by_prompt).content_hash() == before
+
+
 def test_the_records_of_the_data_room_import_nothing_heavy():
-    code = "import sys, prefopt.data.groups, prefopt.data.settings; print(*sys.modules)"
+    code = "import sys, prefopt.data.mismatched, prefopt.data.settings; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"datasets", "pyarrow", "torch", "transformers", "pandas"} & set(loaded)
 

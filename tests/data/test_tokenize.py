@@ -242,18 +242,21 @@ def test_whatever_the_text_a_kept_row_fits_and_no_part_of_it_is_empty(
     tokenizer = make_tokenizer(bos=bos)
     batch = {
         "prompt": [row[0] for row in rows],
-        "chosen": [row[1] for row in rows],
-        "rejected": [row[2] for row in rows],
+        "completions": [row[1:] for row in rows],
+        "ranked": [False] * len(rows),
         "conversational": [False] * len(rows),
         "template_arguments": [""] * len(rows),
         "preference_probability": [None] * len(rows),
+        "scores": [[]] * len(rows),
+        "list_scores": [[]] * len(rows),
+        "value": [None] * len(rows),
         "dropped": [""] * len(rows),
         "row": list(range(len(rows))),
     }
     rules = TokenRules(max_length, truncation, "auto", "auto")
     out = tokenize_rows(batch, tokenizer=tokenizer, special=special_ids(tokenizer, "auto"), rules=rules)
     for number in range(len(rows)):
-        prompt, sides = out["prompt"][number], (out["chosen"][number], out["rejected"][number])
+        prompt, sides = out["prompt"][number], out["completions"][number]
         if out["dropped"][number]:
             assert not prompt
             continue
