@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -39,6 +39,8 @@ class TrainState:
     """Mean loss of the last log."""
     best: tuple[float, int] | None = None
     """Best value of `checkpoint.best` so far, and its step."""
+    loss_state: dict[str, float] = field(default_factory=dict)
+    """Numbers that the loss carries from step to step."""
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
@@ -133,6 +135,22 @@ def load_checkpoint(
         torch.set_rng_state(random["cpu"])
         if torch.cuda.is_available() and len(random["cuda"]):
             torch.cuda.set_rng_state(random["cuda"])
+
+
+def load_value_head(folder: Path, scorer: nn.Module) -> None:
+    """Put the weights of a learned value head back.
+
+    Raises:
+        ModelError: the checkpoint does not read back or has none.
+    """
+    try:
+        weights = load_file(folder / "trainable.safetensors")
+        head = {name: value for name, value in weights.items() if name.startswith("value_head.")}
+        scorer.load_state_dict(head, strict=False)
+        if not head:
+            raise SafetensorError("it holds no value head")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise _damaged(folder, error) from error
 
 
 def _damaged(folder: Path, error: Exception) -> ModelError:

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from prefopt.batching import RaggedBatch, make_batch
-from prefopt.data.groups import GroupDataset, PromptGroup
+from prefopt.data.groups import PromptGroup
 from prefopt.errors import Problem, RecipeError
+from prefopt.feed import Feed
 from prefopt.forward import Scorer, score
-from prefopt.objective import MetricSums, add_comparison_metrics, comparison_losses
-from prefopt.planning import every_comparison, pack_slices
+from prefopt.objective import (
+    MetricSums,
+    Record,
+    StepFacts,
+    add_comparison_metrics,
+    add_record_metrics,
+    loss_record,
+    loss_values,
+)
 from prefopt.prepare import Prepared
 from prefopt.recipe import EvalRecipe
 from prefopt.reference.running import RunReference
-from prefopt.reference.source import ReferenceLogps
 from prefopt.run_folder import write_lines
 from prefopt.sampling import Sample, distinct_prompts, read_samples, sample
+from prefopt.step_record import joined
 from prefopt_losses import Loss
 
 GoldReward = Callable[[str, str], float]
@@ -35,8 +44,8 @@ class Evaluator:
     """Everything evaluation needs besides the policy."""
 
     loss: Loss
-    dataset: GroupDataset
-    reference_logps: ReferenceLogps | None
+    feed: Feed
+    """The held-out data on their way into the loss."""
     open_reference: Callable[[], AbstractContextManager[Scorer]]
     """Gives the reference model itself, for log-probs of new samples."""
     tokenizer: Any
@@ -55,8 +64,7 @@ def make_evaluator(prepared: Prepared, reference: RunReference, *, token_budget:
         return None
     return Evaluator(
         loss=prepared.loss,
-        dataset=dataset,
-        reference_logps=reference.eval,
+        feed=reference.feed("eval"),
         open_reference=reference.open,
         tokenizer=prepared.tokenizer,
         prompts=tuple(distinct_prompts(dataset, recipe.eval.samples)),
@@ -69,10 +77,13 @@ def make_evaluator(prepared: Prepared, reference: RunReference, *, token_budget:
 
 
 def measure(
-    evaluator: Evaluator, policy: Scorer, reference_wrote: Sequence[Sample]
+    evaluator: Evaluator,
+    policy: Scorer,
+    reference_wrote: Sequence[Sample],
+    loss_state: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Any], list[Sample]]:
     """Everything that is measured of a policy on held-out data, and what it wrote for it."""
-    measures = evaluate_comparisons(evaluator, policy)
+    measures = evaluate_comparisons(evaluator, policy, loss_state)
     if not evaluator.prompts:
         return measures, []
     samples = write_samples(evaluator, policy)
@@ -83,8 +94,13 @@ def measure(
     return measures, samples
 
 
-def evaluate_comparisons(evaluator: Evaluator, policy: Scorer) -> dict[str, Any]:
+def evaluate_comparisons(
+    evaluator: Evaluator, policy: Scorer, loss_state: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
     """Loss, accuracy, margin and drift of the policy on the held-out comparisons.
+
+    Numbers that the loss carries from step to step are read and not moved; what it takes over a batch is taken over
+    all held-out examples.
 
     Returns:
         ``loss``; ``accuracy`` with its 95 % interval (Wilson) and ``comparisons``; ``margin`` (beta times the score
@@ -92,22 +108,26 @@ def evaluate_comparisons(evaluator: Evaluator, policy: Scorer) -> dict[str, Any]
         reference, nats per token, mean over completions); ``displacement`` (share of comparisons whose margin grew
         while both completions became less likely).
     """
-    dataset = evaluator.dataset
-    plan = pack_slices(dataset, every_comparison(dataset), token_budget=evaluator.token_budget)
-    tokens_per_example = plan.chosen_tokens / max(plan.comparisons, 1)
+    loss, comparisons = evaluator.loss, 0
     sums = MetricSums(next(policy.parameters()).device)
-    batches = (make_batch([dataset[part.group] for part in micro], micro) for micro in plan.micro_batches)
-    for batch, result in score(policy, batches, precision=evaluator.precision):
-        reference = evaluator.reference_logps(batch) if evaluator.reference_logps else None
-        losses = comparison_losses(evaluator.loss, batch, result, reference, tokens_per_example=tokens_per_example)
-        add_comparison_metrics(sums, evaluator.loss, batch, result, reference, losses)
+    waiting: list[Record] = []
+    for scored, plan in evaluator.feed.evaluated(policy, evaluator.token_budget):
+        record = loss_record(loss.needs, scored, StepFacts(plan.tokens_per_example, loss_state or None))
+        comparisons = plan.comparisons
+        if loss.needs.batch:
+            waiting.append(record)
+        else:
+            add_comparison_metrics(sums, loss, scored, record, loss_values(loss, record))
+    if waiting:
+        whole = joined(waiting)
+        add_record_metrics(sums, loss, whole, loss_values(loss, whole))
     means = sums.means()
-    measures: dict[str, Any] = {"loss": means["loss"], "comparisons": plan.comparisons}
+    measures: dict[str, Any] = {"loss": means["loss"], "comparisons": comparisons}
     if "rewards/accuracies" in means:
         accuracy = means["rewards/accuracies"]
         measures |= {
             "accuracy": accuracy,
-            "accuracy_interval": list(wilson_interval(accuracy, plan.comparisons)),
+            "accuracy_interval": list(wilson_interval(accuracy, comparisons)),
             "margin": means["rewards/margins"],
         }
     for side in ("chosen", "rejected"):

@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
+from prefopt.checkpoint import latest_state, load_value_head
 from prefopt.errors import DataError, ModelError, Problem
 from prefopt.evaluate import make_evaluator, measure, reference_samples
 from prefopt.forward import Scorer
 from prefopt.layout import probe_group, settle_layout
 from prefopt.models import ModelSource, default_device, load_model, ready_for_peft
-from prefopt.prepare import policy_source, prepare, resolve_token_budget
+from prefopt.prepare import Prepared, policy_source, prepare, resolve_token_budget
 from prefopt.recipe import Recipe, load_recipe
 from prefopt.reference.running import open_reference
 from prefopt.run_folder import RECIPE, REFERENCE_SAMPLES, write_json
@@ -42,10 +44,26 @@ def evaluate_run(folder: Path, console: Console) -> dict[str, Any]:
             Problem("data.eval", "held-out data", "none: eval_fraction is 0", "set data.eval in the recipe")
         )
     before = reference_samples(evaluator, folder / REFERENCE_SAMPLES)
-    measures, samples = measure(evaluator, policy, before)
+    measures, samples = measure(evaluator, policy, before, _what_the_loss_learned(prepared, policy, folder))
     Screen(console).side_by_side(before, samples, recipe.eval.show)
     write_json(folder / "evaluation.json", measures)
     return measures
+
+
+def _what_the_loss_learned(prepared: Prepared, policy: Scorer, folder: Path) -> dict[str, torch.Tensor]:
+    """Return the numbers that the loss carried to the end of the run, and give the policy its value head back.
+
+    Raises:
+        ModelError: a value head was learned, and its checkpoint is gone.
+    """
+    newest = latest_state(folder)
+    if prepared.learns_values:
+        if newest is None:
+            raise ModelError(Problem(str(folder / "checkpoints"), "the last checkpoint, which holds the learned V(x)",
+                                     "none", "its loss cannot be computed again; run it again"))  # fmt: skip
+        policy.learn_values()
+        load_value_head(newest[0], policy)
+    return {name: torch.tensor(value) for name, value in newest[1].loss_state.items()} if newest else {}
 
 
 def load_trained(recipe: Recipe, folder: Path) -> Scorer:

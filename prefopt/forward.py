@@ -15,10 +15,10 @@ Two layouts, with equal results:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,10 @@ from transformers import PreTrainedModel
 
 from prefopt.attention import ARGUMENT, NAME, AttentionPlan
 from prefopt.batching import RaggedBatch
+from prefopt.errors import ModelError, Problem
 from prefopt.memory import trim
+from prefopt_losses.distributions import relative_token_logps_from_hidden, sequential_kl_from_hidden
+from prefopt_losses.head import Head
 from prefopt_losses.logps import token_logps_from_hidden, token_logps_from_logits
 
 Layout = Literal["shared", "unshared"]
@@ -44,8 +47,33 @@ class CompletionLogProbs:
     """(completions,) fp32, nats, summed over completion tokens."""
     lengths: Tensor
     """(completions,) scored tokens."""
-    tokens: Tensor
-    """(scored,) fp32, nats, per token."""
+    tokens: Tensor | None
+    """(scored,) fp32, nats, per token; None of a cached reference that was not asked for them."""
+    relative: Tensor | None = None
+    """(completions,) fp32, nats: log-probs less log sum_v p(v)^2 of each position, summed; without gradient."""
+    sequential_kl: Tensor | None = None
+    """(completions,) fp32, nats: KL(reference || policy) over the vocabulary, summed over positions."""
+    distribution: Distribution | None = None
+    """What the next-token distributions are made of."""
+    values: Tensor | None = None
+    """(completions,) fp32, what the value head expects of their prompts, in the unit of the data's scores."""
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """The next-token distributions of a batch's scored positions, as what they are computed from."""
+
+    hidden: Tensor
+    """(scored, hidden)"""
+    head: Head
+
+
+class ReferenceLogps(Protocol):
+    """Reference log-probs of a batch's completions."""
+
+    def __call__(self, batch: RaggedBatch) -> CompletionLogProbs:
+        """Return them on the batch's device, without gradient."""
+        ...
 
 
 class Scorer(nn.Module):
@@ -54,6 +82,7 @@ class Scorer(nn.Module):
     def __init__(self, model: nn.Module, *, layout: Layout = "shared") -> None:
         super().__init__()
         self.model = model
+        self.value_head: nn.Linear | None = None
         self.attention_calls = 0
         self.set_layout(layout)
 
@@ -63,17 +92,75 @@ class Scorer(nn.Module):
         model = self.language_model
         model.set_attn_implementation(NAME if layout == "shared" else plain_attention(model))
 
+    def learn_values(self) -> None:
+        """Add a value head: V(x) as a linear function of the hidden state that ends the prompt, zero at first.
+
+        It reads that state and does not move it: no gradient flows from the value into the policy.
+        """
+        layer = self.language_model.get_output_embeddings()
+        head = nn.Linear(layer.in_features, 1, device=layer.weight.device, dtype=torch.float32)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        self.value_head = head
+
     @property
     def language_model(self) -> PreTrainedModel:
         """The transformers model inside an adapter, or the model itself."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def forward(self, batch: RaggedBatch) -> CompletionLogProbs:
-        """Score every completion of the batch."""
+    def forward(
+        self,
+        batch: RaggedBatch,
+        *,
+        relative: bool = False,
+        against: Distribution | None = None,
+        distribution: bool = False,
+    ) -> CompletionLogProbs:
+        """Score every completion of the batch.
+
+        Args:
+            batch: the batch.
+            relative: also give log-probs relative to log sum_v p(v)^2.
+            against: also give the sequential KL from this distribution, the reference's.
+            distribution: also give the distribution itself, for another scorer's `against`.
+        """
         hidden = self._shared(batch) if self.layout == "shared" else self._unshared(batch)
-        tokens = self._head(hidden, batch.targets)
-        sums = tokens.new_zeros(len(batch.completion_lengths)).index_add(0, batch.completion_index, tokens)
-        return CompletionLogProbs(sums, batch.completion_lengths, tokens)
+        tokens = self._token_logps(hidden, batch.targets)
+        relative_logps = kl = None
+        if relative:
+            relative_logps = _per_completion(batch, _relative(hidden, batch.targets, self.head))
+        if against is not None:
+            kl = _per_completion(batch, _sequential_kl(hidden, self.head, against))
+        return CompletionLogProbs(
+            sums=_per_completion(batch, tokens),
+            lengths=batch.completion_lengths,
+            tokens=tokens,
+            relative=relative_logps,
+            sequential_kl=kl,
+            distribution=Distribution(hidden, self.head) if distribution else None,
+            values=None if self.value_head is None else _values(self.value_head, hidden, batch),
+        )
+
+    @property
+    def head(self) -> Head:
+        """The head as plain numbers.
+
+        Raises:
+            ModelError: it is not a plain linear layer, so its distributions cannot be had tile by tile.
+        """
+        layer = self.language_model.get_output_embeddings()
+        if type(layer) is not nn.Linear:
+            raise ModelError(
+                Problem("model", "a plain linear head: this loss reads the whole distribution over the vocabulary",
+                        f"a head of type {type(layer).__name__}",
+                        "leave the head out of the adapter and of the quantization, or choose another loss")
+            )  # fmt: skip
+        return Head(layer.weight, layer.bias, *self._scale_and_cap())
+
+    def _scale_and_cap(self) -> tuple[float, float | None]:
+        config = self.language_model.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        return scale, getattr(config, "final_logit_softcapping", None)
 
     def _decoder(self) -> nn.Module:
         model = self.language_model
@@ -98,19 +185,44 @@ class Scorer(nn.Module):
         scored = _scored_positions(batch, index.device)
         return output.last_hidden_state[scored]
 
-    def _head(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _token_logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Token log-probs (scored,) from hidden states, with the model's scale, bias and soft-cap."""
-        model = self.language_model
-        head = model.get_output_embeddings()
-        config = model.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-        softcap = getattr(config, "final_logit_softcapping", None)
-        if type(head) is nn.Linear:
-            return token_logps_from_hidden(hidden, head.weight, targets, bias=head.bias, scale=scale, softcap=softcap)
-        logits = head(hidden).float() * scale  # an adapted or quantized head: its own forward, logits held once
+        layer = self.language_model.get_output_embeddings()
+        scale, softcap = self._scale_and_cap()
+        if type(layer) is nn.Linear:
+            return token_logps_from_hidden(hidden, layer.weight, targets, bias=layer.bias, scale=scale, softcap=softcap)
+        logits = layer(hidden).float() * scale  # an adapted or quantized head: its own forward, logits held once
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         return token_logps_from_logits(logits, targets)
+
+
+def _per_completion(batch: RaggedBatch, tokens: Tensor) -> Tensor:
+    """Sum values of scored tokens (scored,) over each completion: (completions,)."""
+    return tokens.new_zeros(len(batch.completion_lengths)).index_add(0, batch.completion_index, tokens)
+
+
+def _values(head: nn.Linear, hidden: Tensor, batch: RaggedBatch) -> Tensor:
+    """Values (completions,) from the state that predicts each completion's first token: the last one of the prompt."""
+    first = batch.completion_lengths.cumsum(0) - batch.completion_lengths
+    with torch.autocast(hidden.device.type, enabled=False):
+        values: Tensor = head(hidden[first].detach().float())
+    return values.squeeze(-1)
+
+
+def _relative(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
+    with torch.no_grad():
+        return relative_token_logps_from_hidden(
+            hidden, head.weight, targets, bias=head.bias, scale=head.scale, softcap=head.softcap
+        )
+
+
+def _sequential_kl(hidden: Tensor, head: Head, reference: Distribution) -> Tensor:
+    return sequential_kl_from_hidden(
+        hidden, head.weight, reference.hidden, reference.head.weight,
+        bias=head.bias, ref_bias=reference.head.bias, scale=head.scale, ref_scale=reference.head.scale,
+        softcap=head.softcap, ref_softcap=reference.head.softcap,
+    )  # fmt: skip
 
 
 def plain_attention(model: PreTrainedModel) -> str:
@@ -158,15 +270,24 @@ def compute_dtype(precision: str) -> torch.dtype:
     return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
-@torch.no_grad()
-def score(
-    scorer: nn.Module, batches: Iterable[RaggedBatch], *, precision: str
-) -> Iterable[tuple[RaggedBatch, CompletionLogProbs]]:
-    """Score batches in eval mode without gradients; yields each (on its device) with its log-probs."""
+@contextmanager
+def evaluating(scorer: nn.Module) -> Iterator[None]:
+    """Hold a model in eval mode and without gradients."""
     was_training = scorer.training
     scorer.eval()
-    device = next(scorer.parameters()).device
     try:
+        with torch.no_grad():
+            yield
+    finally:
+        scorer.train(was_training)
+
+
+def score(
+    scorer: nn.Module, batches: Iterable[RaggedBatch], *, precision: str
+) -> Iterator[tuple[RaggedBatch, CompletionLogProbs]]:
+    """Score batches in eval mode without gradients; yields each (on its device) with its log-probs."""
+    device = next(scorer.parameters()).device
+    with evaluating(scorer):
         for batch in batches:
             moved = batch.to(device)
             with autocast(device, precision):
@@ -174,5 +295,3 @@ def score(
             yield moved, result
             del moved, result
             trim(device)
-    finally:
-        scorer.train(was_training)

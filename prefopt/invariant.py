@@ -15,10 +15,9 @@ import torch
 from prefopt.batching import make_batch
 from prefopt.data.groups import GroupDataset
 from prefopt.errors import ModelError, Problem
-from prefopt.forward import TOLERANCE, Scorer, compute_dtype, score
+from prefopt.forward import TOLERANCE, ReferenceLogps, Scorer, compute_dtype, score
 from prefopt.planning import every_comparison, pack_slices
 from prefopt.recipe import Recipe
-from prefopt.reference.source import ReferenceLogps
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def step_zero(
     batches = (make_batch([dataset[part.group] for part in micro], micro) for micro in plan.micro_batches)
     ratios, lengths, margins = [], [], []
     for batch, result in score(policy, batches, precision=precision):
-        difference = result.sums - reference_logps(batch)
+        difference = result.sums - reference_logps(batch).sums
         ratios.append(difference.double().cpu())
         lengths.append(result.lengths.cpu())
         if batch.two_sided:

@@ -12,6 +12,10 @@ from prefopt.errors import Problem, RecipeError
 from prefopt.models import import_bitsandbytes
 from prefopt.recipe import TrainRecipe
 
+VALUE_LEARNING_RATE = 1e-3
+"""Peak learning rate of a value head: it starts at zero and is linear, so it may move as fast as Adam's usual rate,
+while a policy's would leave it where it is."""
+
 
 def make_optimizer(model: nn.Module, settings: TrainRecipe) -> torch.optim.Optimizer:
     """Make the recipe's optimizer over the trainable parameters; biases and norms do not decay.
@@ -19,13 +23,16 @@ def make_optimizer(model: nn.Module, settings: TrainRecipe) -> torch.optim.Optim
     Raises:
         RecipeError: bitsandbytes' optimizers do not run on this machine.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    values = [named.pop(name) for name in list(named) if name.startswith("value_head.")]
+    trainable = list(named.values())
     groups = [
         {
             "params": [parameter for parameter in trainable if parameter.ndim > 1],
             "weight_decay": settings.optimizer.weight_decay,
         },
         {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
+        {"params": values, "weight_decay": 0.0, "faster": VALUE_LEARNING_RATE / settings.learning_rate},
     ]
     groups = [group for group in groups if group["params"]]
     arguments: dict[str, Any] = {

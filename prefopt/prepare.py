@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from prefopt.data.groups import GroupDataset
 from prefopt.data.load import LoadedData, load_data
-from prefopt.errors import DataError, ModelError, Problem
+from prefopt.data.mismatched import mismatched
+from prefopt.fit import refuse_another_vocabulary, refuse_unreadable_rows, refuse_unusable_data
 from prefopt.forward import compute_dtype
-from prefopt.models import DTYPES, ModelSource, load_config, load_tokenizer
+from prefopt.models import DTYPES, ModelSource, load_tokenizer
 from prefopt.recipe import Recipe
 from prefopt_losses import Loss
 
@@ -32,6 +32,27 @@ class Prepared:
     tokenizer: Any
     data: LoadedData
     loss: Loss
+    partners: dict[str, GroupDataset] = field(default_factory=dict)
+    """Mismatched completions, `train_partners` and `eval_partners`, for a loss that reads them."""
+
+    @property
+    def cached(self) -> bool:
+        """Whether the reference's log-probs come from the cache; whole distributions are in none."""
+        return self.recipe.reference.cache != "off" and not self.loss.needs.sequential_kl
+
+    @property
+    def learns_values(self) -> bool:
+        """Whether the loss's V(x) is learned beside the policy, for the data bring none."""
+        return "values" in self.loss.needs.learns and self.data.train.without_values > 0
+
+    def read_by_reference(self) -> list[tuple[str, GroupDataset]]:
+        """Return the data whose completions the reference scores, by name.
+
+        Held-out data are among them also for a loss without reference: the evaluation's drift needs them.
+        """
+        train = [("train", self.data.train)] if self.loss.needs.reference else []
+        held_out = [] if self.data.eval is None else [("eval", self.data.eval)]
+        return [*train, *held_out, *self.partners.items()]
 
 
 def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
@@ -44,10 +65,19 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
     loss = recipe.build_loss()
     tokenizer = load_tokenizer(policy_source(recipe))
     data = load_data(recipe.data, tokenizer, seed=recipe.seed, quiet=quiet)
-    _refuse_what_the_loss_cannot_use(loss, data)
-    _refuse_another_vocabulary(recipe, tokenizer)
-    _refuse_unreadable_rows(recipe, data)
-    return Prepared(recipe, tokenizer, data, loss)
+    refuse_unusable_data(loss, data, recipe)
+    refuse_another_vocabulary(recipe, reference_source(recipe), tokenizer)
+    sources = [policy_source(recipe), *([reference_source(recipe)] if recipe.reference.model else [])]
+    refuse_unreadable_rows(sources, recipe, data)
+    return Prepared(recipe, tokenizer, data, loss, _partners(loss, data, recipe))
+
+
+def _partners(loss: Loss, data: LoadedData, recipe: Recipe) -> dict[str, GroupDataset]:
+    if not loss.needs.mismatched:
+        return {}
+    sets = {"train_partners": data.train, "eval_partners": data.eval}
+    limit = recipe.data.max_length
+    return {name: mismatched(groups, max_length=limit) for name, groups in sets.items() if groups is not None}
 
 
 def with_sandbox(recipe: Recipe, *, quiet: bool = False) -> Recipe:
@@ -114,77 +144,3 @@ def _held_in(recipe: Recipe) -> torch.dtype:
 def resolve_token_budget(budget: int | str, device: torch.device) -> int:
     """Return the computed tokens per micro-batch that `auto` stands for on a device."""
     return AUTO_TOKEN_BUDGET.get(device.type, 8192) if budget == "auto" else int(budget)
-
-
-def _refuse_another_vocabulary(recipe: Recipe, tokenizer: Any) -> None:
-    """Compare the tokenizer of a named reference with the policy's: the same ids must be the same text."""
-    if recipe.reference.model is None:
-        return
-    source = reference_source(recipe)
-    theirs = {number: token for token, number in load_tokenizer(source).get_vocab().items()}
-    moved = sum(theirs.get(number, token) != token for token, number in tokenizer.get_vocab().items())
-    if moved:
-        raise ModelError(
-            Problem("reference.model", "a model with the policy's vocabulary: both read the same token ids",
-                    f"{moved:,} ids are other text to {source.path}",
-                    "name a reference of the same family, or leave reference.model out")
-        )  # fmt: skip
-
-
-def _refuse_what_the_loss_cannot_use(loss: Loss, data: LoadedData) -> None:
-    """Say before any model loads that data and loss do not go together."""
-    if loss.needs.pairs and not data.train.paired:
-        raise DataError(
-            Problem("loss", f"data with chosen and rejected completions: {loss.name} compares two",
-                    "rows with one completion and a label",
-                    "choose a loss of single completions: bco_pair, nca_pair, sppo_hard, apo_zero, sft")
-        )  # fmt: skip
-    if not loss.needs.rejected and not (data.train.layout.chosen >= 0).any():
-        raise DataError(
-            Problem("data.train", f"desirable completions: {loss.name} reads nothing else", "only undesirable ones",
-                    "check the labels, or choose a loss that uses both")
-        )  # fmt: skip
-    if loss.needs.preference_probability:
-        sets = [("data.train", data.train), ("data.eval", data.eval)]
-        bare = [name for name, groups in sets if groups is not None and np.isnan(groups.layout.probabilities).any()]
-        if bare:
-            raise DataError(
-                Problem(bare[0], "a preference_probability in every row: the loss is asked for soft labels",
-                        "rows without one", "set soft_labels: false, or map the column: data.columns")
-            )  # fmt: skip
-
-
-def _refuse_unreadable_rows(recipe: Recipe, data: LoadedData) -> None:
-    """Compare token ids and row lengths with what the models have embeddings and positions for, by their configs.
-
-    Raises:
-        ModelError: with everything that does not fit.
-    """
-    sources = [policy_source(recipe), *([reference_source(recipe)] if recipe.reference.model else [])]
-    problems = [problem for source in sources for problem in _misfits(source, recipe, data)]
-    if problems:
-        raise ModelError(problems)
-
-
-def _misfits(source: ModelSource, recipe: Recipe, data: LoadedData) -> Iterator[Problem]:
-    config = load_config(source).get_text_config()
-    sets = [groups for groups in (data.train, data.eval) if groups is not None]
-    rows, positions = config.vocab_size, getattr(config, "max_position_embeddings", None)
-    largest, longest = max(groups.largest_id for groups in sets), max(groups.longest_row for groups in sets)
-    if largest >= rows:
-        expected = f"token ids below {rows}, the rows of the model's embedding"
-        yield Problem(
-            source.key, expected, f"{largest}", "the tokenizer belongs to another model: put its own beside it"
-        )
-    if positions is None:
-        return
-    if longest > positions:
-        expected = f"rows of at most {positions} tokens: {source.path} has no more positions"
-        yield Problem("data.max_length", expected, f"a row of {longest}", f"data.max_length={positions}")
-    if data.eval is not None and recipe.eval.samples:
-        needed = int(data.eval.prompt_lengths.max()) + recipe.eval.max_new_tokens
-        if needed > positions:
-            expected = f"the longest held-out prompt and its sample within the {positions} positions of {source.path}"
-            fitting = max(1, recipe.eval.max_new_tokens - (needed - positions))
-            fix = f"eval.max_new_tokens={fitting}"
-            yield Problem("eval.max_new_tokens", expected, f"{needed} positions", fix)

@@ -16,6 +16,7 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs,
 from prefopt.checkpoint import TrainState, latest_state, load_checkpoint
 from prefopt.errors import Problem, RecipeError
 from prefopt.evaluate import Evaluator, make_evaluator
+from prefopt.feed import Feed
 from prefopt.forward import Scorer
 from prefopt.layout import probe_group
 from prefopt.optimizers import make_optimizer
@@ -54,6 +55,8 @@ class Run:
     """The scorer as accelerate wrapped it."""
     optimizer: torch.optim.Optimizer
     planner: StepPlanner
+    feed: Feed
+    """The training data on their way into the loss."""
     reference: RunReference
     evaluator: Evaluator | None
     tracker: Tracker | None
@@ -83,6 +86,15 @@ class Run:
         if self.recipe.train.max_steps is not None:
             return None
         return self.planner.comparisons_in(self.recipe.train.epochs or 0)
+
+    @property
+    def loss_state(self) -> dict[str, torch.Tensor]:
+        """Numbers that the loss carries from step to step."""
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in self.state.loss_state.items()}
+
+    @loss_state.setter
+    def loss_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.advance(loss_state={name: float(value) for name, value in state.items()})
 
     def advance(self, **changes: Any) -> None:
         """Move the state on."""
@@ -142,8 +154,11 @@ def set_up(
     total = planner.total_steps(epochs=recipe.train.epochs, max_steps=recipe.train.max_steps)
     refuse_misfits(recipe, prepared, total)
     policy = load_policy(prepared.recipe, probe_group(prepared.data.train), token_budget=budget)
+    if prepared.learns_values:
+        policy.scorer.learn_values()
     optimizer = make_optimizer(policy.scorer, recipe.train)
-    state = newest[1] if newest else TrainState()
+    start = {name: float(value) for name, value in prepared.loss.initial_state().items()}
+    state = newest[1] if newest else TrainState(loss_state=start)
     torch.manual_seed(recipe.seed + accelerator.process_index + 1_000_003 * state.step)
     if newest:
         load_checkpoint(newest[0], policy.scorer, optimizer, random_state=accelerator.is_main_process)
@@ -157,20 +172,24 @@ def set_up(
         write_json(folder.path / "environment.json", environment() | {"processes": accelerator.num_processes})
     screen.plan(policy, resolved, total, state.step, recipe.train.precision)
     return Run(
-        recipe, folder.path, prepared, accelerator, policy, module, optimizer, planner, reference, evaluator,
+        recipe, folder.path, prepared, accelerator, policy, module, optimizer, planner,
+        reference.feed("train"), reference, evaluator,
         tracker, screen, total, resolved, state, finite=torch.tensor(True, device=accelerator.device),
     )  # fmt: skip
 
 
 def make_planner(prepared: Prepared, *, token_budget: int) -> StepPlanner:
-    """Return the planner of a recipe's steps; a loss of chosen completions leaves the rejected ones out."""
-    recipe, dataset = prepared.recipe, prepared.data.train
+    """Return the planner of a recipe's steps, which computes what the loss reads and nothing else."""
+    recipe, dataset, needs = prepared.recipe, prepared.data.train, prepared.loss.needs
     return StepPlanner(
         dataset,
         batch_size=recipe.train.batch_size,
         token_budget=token_budget,
         seed=recipe.seed,
-        rejected=prepared.loss.needs.rejected or not dataset.paired,
+        rejected=needs.rejected or not dataset.paired,
+        gold=needs.gold,
+        unit="list" if needs.lists else "comparison",
+        minimum=needs.minimum_batch,
     )
 
 

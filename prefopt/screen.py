@@ -82,8 +82,10 @@ class Screen:
         report = reference.report
         quantization = reference.prepared.recipe.reference.quantization
         held = "" if quantization == "none" else f", {quantization}"
-        if reference.prepared.recipe.reference.cache == "off":
-            self.named("reference", f"computed in every step (reference.cache=off){held}")
+        if not reference.prepared.cached:
+            off = reference.prepared.recipe.reference.cache == "off"
+            why = "reference.cache=off" if off else "the loss reads its whole distribution, which no cache holds"
+            self.named("reference", f"computed in every step ({why}){held}")
             return
         said = (
             f"{report.hits + report.misses:,} completions needed, {report.hits:,} cached, {report.misses:,} scored now"

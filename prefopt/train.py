@@ -13,20 +13,19 @@ import resource
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from prefopt.batching import make_batch
 from prefopt.checkpoint import save_checkpoint
-from prefopt.errors import Interrupted, ModelError, Problem
+from prefopt.errors import Interrupted
 from prefopt.evaluate import measure, reference_samples
-from prefopt.forward import autocast
+from prefopt.gradients import accumulate_gradients, not_finite
 from prefopt.invariant import check_step_zero, step_zero
 from prefopt.memory import trim
-from prefopt.objective import MetricSums, add_comparison_metrics, comparison_losses
+from prefopt.objective import MetricSums
 from prefopt.planning import Step
 from prefopt.prepare import prepare
 from prefopt.recipe import Recipe
@@ -36,7 +35,6 @@ from prefopt.run import BEST, Run, claim_together, make_accelerator, set_up
 from prefopt.run_folder import REFERENCE_SAMPLES, STEP_ZERO, RunFolder, write_json
 from prefopt.schedule import is_due, learning_rate_at
 from prefopt.screen import Screen
-from prefopt_losses import LossError
 
 TRIM_EVERY = 8
 """Steps between two calls that return freed memory: one costs 13 ms, a quarter of a step of the sandbox."""
@@ -86,8 +84,8 @@ def _run(run: Run, folder: RunFolder) -> dict[str, Any]:
 def _look_before(run: Run) -> dict[str, Any] | None:
     """Hold the untouched policy against the reference and let the reference write; returns the step-0 figures."""
     file = run.folder / STEP_ZERO
-    logps = run.reference.train or run.reference.eval
-    dataset = run.prepared.data.train if run.reference.train else run.prepared.data.eval
+    name, dataset = next(iter(run.prepared.read_by_reference()), ("", None))
+    logps = run.reference.logps.get(name)
     if run.state.step == 0 and logps is not None and dataset is not None:
         zero = step_zero(run.scorer, dataset, logps, precision=run.recipe.train.precision)
         run.screen.named("step 0", check_step_zero(run.recipe, zero))
@@ -139,45 +137,21 @@ def _loop(run: Run) -> None:
 
 
 def _optimizer_step(run: Run, plan: Step, rate: float, sums: MetricSums) -> torch.Tensor:
-    """Micro-batches of one step, normalised by its global number of comparisons; then clip and move.
+    """The step's gradient from its micro-batches; then clip and move.
 
     Returns:
         The gradient's norm before clipping, on the device.
     """
-    accelerator, recipe, loss = run.accelerator, run.recipe, run.prepared.loss
-    world, on_cpu = accelerator.num_processes, accelerator.device.type == "cpu"
-    # Every process runs the same number of micro-batches (collectives match); a spare one counts nothing.
-    rounds = math.ceil(len(plan.micro_batches) / world)
-    for number in range(rounds):
-        place = number * world + accelerator.process_index
-        spare = place >= len(plan.micro_batches)
-        micro = plan.micro_batches[0 if spare else place]
-        groups = [run.prepared.data.train[part.group] for part in micro]
-        batch = make_batch(groups, micro, rejected=run.planner.rejected).to(accelerator.device)
-        with nullcontext() if number == rounds - 1 else accelerator.no_sync(run.module):
-            with autocast(accelerator.device, recipe.train.precision):
-                policy = run.module(batch)
-            reference = run.reference.train(batch) if run.reference.train else None
-            try:
-                losses = comparison_losses(
-                    loss, batch, policy, reference,
-                    tokens_per_example=plan.chosen_tokens / plan.comparisons, check=on_cpu,
-                )  # fmt: skip
-            except LossError as error:
-                rows = ", ".join(map(str, batch.rows))
-                raise _not_finite(run, f"{error} (rows of the data in this micro-batch: {rows})") from error
-            share = 0.0 if spare else world / plan.comparisons  # data-parallel wrappers average over processes
-            accelerator.backward(losses.sum() * share)
-        if not spare:
-            add_comparison_metrics(sums, loss, batch, policy, reference, losses)
+    accelerator, recipe = run.accelerator, run.recipe
+    accumulate_gradients(run, plan, sums)
     limit = recipe.train.max_grad_norm
     parameters = [parameter for parameter in run.module.parameters() if parameter.requires_grad]
     norm = torch.as_tensor(accelerator.clip_grad_norm_(parameters, math.inf if limit is None else limit))
     run.finite &= torch.isfinite(norm)
-    if on_cpu:  # elsewhere the look would wait for the device: it is made when metrics are read and before a save
+    if accelerator.device.type == "cpu":  # elsewhere it would wait for the device: metrics and saves look there
         _require_finite(run)
     for group in run.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("faster", 1.0)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return norm
@@ -196,26 +170,14 @@ def _log(run: Run, step: int, sums: MetricSums, rate: float, norm: torch.Tensor)
 
 def _require_finite(run: Run) -> None:
     if not bool(run.finite):
-        raise _not_finite(run, "a gradient that is not finite")
-
-
-def _not_finite(run: Run, given: str) -> ModelError:
-    return ModelError(
-        Problem(
-            f"after step {run.state.step}",
-            "a finite loss and gradient",
-            given,
-            "lower train.learning_rate or the loss's beta, or look at the rows of this step; checkpoints in "
-            f"{run.folder / 'checkpoints'} are from before",
-        )
-    )
+        raise not_finite(run, "a gradient that is not finite")
 
 
 def _evaluate(run: Run) -> bool:
     """Measure the policy on held-out data, log it and show it; returns whether it is the best so far."""
     if run.evaluator is None:
         return False
-    run.evaluation, run.samples = measure(run.evaluator, run.scorer, run.reference_samples)
+    run.evaluation, run.samples = measure(run.evaluator, run.scorer, run.reference_samples, run.loss_state)
     if run.tracker is not None:
         run.tracker.log(run.state.step, _flat_numbers(run.evaluation))
     reference = run.prepared.loss.ranking_term.score.reference

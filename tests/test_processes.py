@@ -71,6 +71,32 @@ def test_two_processes_train_what_one_does(tmp_path):
     assert all(torch.equal(two[name], again[name]) for name in two)
 
 
+@pytest.mark.parametrize("name", ["kto", "aot", "bco"])
+def test_a_loss_over_the_whole_step_is_the_same_in_two_processes(tmp_path, name):
+    """A step of five pairs in micro-batches of one or two: the second process has a spare one."""
+    train = {"max_steps": 4, "batch_size": 5, "token_budget": 60}
+    recipe = write_recipe(tmp_path, loss=name, train=train, eval={"every": 2, "samples": 0})
+    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
+    for output, launcher in (("one", ()), ("two", launch)):
+        ran = subprocess.run(
+            command(recipe, tmp_path / output, *launcher),
+            capture_output=True,
+            text=True,
+            env=environment(tmp_path / "cache"),
+        )
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=2e-5, msg=key)
+    results = [json.loads((tmp_path / output / "result.json").read_text()) for output in ("one", "two")]
+    assert results[0]["train"]["loss"] == pytest.approx(results[1]["train"]["loss"], rel=1e-5)
+    states = [
+        json.loads((sorted((tmp_path / output / "checkpoints").iterdir())[-1] / "state.json").read_text())["loss_state"]
+        for output in ("one", "two")
+    ]
+    assert states[0] == pytest.approx(states[1], rel=1e-5)
+
+
 def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_undisturbed_one(tmp_path):
     recipe = write_recipe(tmp_path, train={"max_steps": 60}, checkpoint={"every": 5}, eval={"every": 20})
     env = environment(tmp_path / "cache")

@@ -13,6 +13,7 @@ from world import make_pairs, make_recipe, quiet, train
 
 import prefopt.train as loop
 from prefopt.errors import DataError, Interrupted, ModelError, RecipeError
+from prefopt.forward import CompletionLogProbs
 from prefopt.tracking import read_metrics
 from prefopt.train import run_training
 
@@ -179,7 +180,7 @@ def test_unpaired_feedback_trains_a_loss_of_single_completions(tmp_path):
 
 def test_a_loss_of_pairs_refuses_unpaired_feedback(tmp_path):
     make_pairs(tmp_path / "pairs.jsonl", unpaired=True)
-    with pytest.raises(DataError, match="two"):
+    with pytest.raises(DataError, match="compares them"):
         train(tmp_path)
 
 
@@ -206,9 +207,11 @@ def test_soft_labels_that_the_data_lack_are_an_error_before_any_model_loads(tmp_
 
 def test_a_reference_that_is_not_the_policy_is_refused_at_step_0(tmp_path, monkeypatch):
     recipe = make_recipe(tmp_path)
-    monkeypatch.setattr(
-        "prefopt.reference.source.CachedLogps.__call__", lambda self, batch: batch.completion_lengths * -1.0
-    )
+
+    def wrong(self, batch):
+        return CompletionLogProbs(batch.completion_lengths * -1.0, batch.completion_lengths, None)
+
+    monkeypatch.setattr("prefopt.reference.source.CachedLogps.__call__", wrong)
     with pytest.raises(ModelError, match="untouched policy"):
         run_training(recipe, quiet())
 

@@ -14,6 +14,7 @@ EXTRA = frozenset(
         "accelerate",
         "bitsandbytes",
         "datasets",
+        "matplotlib",
         "peft",
         "pyarrow",
         "pydantic",
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # training steps of the sandbox on two cores shared with other processes took 3 to 10 times as long.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if os.getcwd() not in sys.path and "" not in sys.path:  # `module:function` of a recipe, as with `python -m`
+        sys.path.append(os.getcwd())
     try:
         from prefopt.cli.app import app
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from prefopt.cli.plot_option import WithPlot
+
 if TYPE_CHECKING:
     from prefopt.recipe import Recipe
 
@@ -113,14 +115,32 @@ def export(
     print(export_run(folder, output=output, dtype=dtype, push_to_hub=push_to_hub))
 
 
-@app.command()
+@app.command(cls=WithPlot)
 def losses(
-    name: Annotated[str | None, typer.Argument(help="One loss, explained.", show_default=False)] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME [KEY=VALUE]...]...",
+            help="Losses with their hyper-parameters, sums (dpo+0.5*sft), or your own f: my.module:function.",
+            show_default=False,
+        ),
+    ] = None,
+    plot: Annotated[
+        str | None,
+        typer.Option(metavar="[FILE]", help="Draw f, f' and p_f: .png, .svg or .pdf; losses.png if no file follows."),
+    ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option(metavar="NAME:BETA", help="Print the betas that regularise as this one does: dpo:0.1"),
+    ] = None,
+    at: Annotated[float, typer.Option(metavar="P", help="Strength of preference that --match also matches.")] = 0.75,
+    radius: Annotated[float, typer.Option(metavar="R", help="Sample f on [-R, R].")] = 20.0,
+    json: Annotated[bool, typer.Option("--json", help="Print plain data.")] = False,
 ) -> None:
-    """List every loss, or explain one."""
-    from prefopt.cli.losses import show_loss, show_losses
+    """List every loss, explain and profile one, or compare several."""
+    from prefopt.cli.losses import losses
 
-    show_losses() if name is None else show_loss(name)
+    losses(words or (), plot=plot, match=match, at=at, radius=radius, as_json=json)
 
 
 @app.command()

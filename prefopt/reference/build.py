@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from rich.progress import Progress
 
-from prefopt.batching import RaggedBatch, make_batch
+from prefopt.batching import RaggedBatch, make_batch, needed_completions
 from prefopt.data.groups import GroupDataset, PromptGroup
 from prefopt.forward import Scorer, score
 from prefopt.reference.cache import ReferenceCache, ScoredRows, text_key
@@ -47,20 +47,21 @@ class _Missing:
     """Computed tokens."""
 
 
-def dataset_keys(dataset: GroupDataset, *, chosen_only: bool = False) -> tuple[list[bytes], np.ndarray]:
+def dataset_keys(dataset: GroupDataset, *, rejected: bool = True) -> tuple[list[bytes], np.ndarray]:
     """Keys of every completion, group after group, and which of them a run needs.
 
     Returns:
-        keys (completions,), needed (completions,) bool: all, or with `chosen_only` those that are chosen somewhere.
+        keys (completions,), needed (completions,) bool: those that a comparison names as chosen or, with `rejected`,
+        as rejected; no loss reads the reference of gold completions.
     """
     keys: list[bytes] = []
     needed: list[bool] = []
     for number in range(len(dataset)):
         group = dataset[number]
-        chosen = {comparison.chosen for comparison in group.comparisons}
+        wanted = set(needed_completions(group.comparisons, rejected=rejected))
         for index, completion in enumerate(group.completions):
             keys.append(text_key(group.prompt, completion))
-            needed.append(not chosen_only or index in chosen)
+            needed.append(index in wanted)
     return keys, np.asarray(needed, dtype=bool)
 
 
@@ -105,6 +106,7 @@ def fill_cache(
         batches = _batches(dataset, plan)
         collected = _Collected()
         for number, (batch, result) in enumerate(score(scorer(), batches, precision=precision), start=1):
+            assert result.tokens is not None  # a scorer always has them
             collected.add(batch, result.sums.cpu().numpy(), result.tokens.float().cpu().numpy())
             tokens += int(batch.completion_lengths.sum())
             if task is not None and progress is not None:

@@ -172,6 +172,18 @@ class ReferenceCache:
             np.where(found, self._tokens[place], 0),
         )
 
+    def token_logps(self, keys: Sequence[bytes]) -> list[np.ndarray]:
+        """Per-token log-probs of completions that the cache holds, each (tokens,) fp16, nats; read shard by shard."""
+        wanted = {key: np.empty(0, np.float16) for key in keys}
+        for name in sorted(self._shards):
+            table = _read_shard(self.folder / name, ["prompt", "completion", "token_logps"])
+            values = table["token_logps"].combine_chunks()
+            flat, ends = values.flatten().to_numpy(), values.value_lengths().to_numpy().cumsum()
+            for key, tokens in zip(_table_keys(table).tolist(), np.split(flat, ends[:-1])):
+                if _padded(key) in wanted:
+                    wanted[_padded(key)] = tokens
+        return [wanted[key] for key in keys]
+
     def commit(self, rows: ScoredRows) -> Path:
         """Write rows as one shard; when this returns they are on the disk.
 
@@ -249,6 +261,11 @@ def _table_keys(table: pa.Table) -> np.ndarray:
         for name in ("prompt", "completion")
     )
     return np.ascontiguousarray(np.hstack((prompt, completion))).view(f"S{KEY_BYTES}").ravel()
+
+
+def _padded(key: bytes) -> bytes:
+    """Give a key its trailing zero bytes back, which numpy's byte strings drop."""
+    return key.ljust(KEY_BYTES, b"\0")
 
 
 def _read_shard(file: Path, columns: list[str] | None) -> pa.Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +32,8 @@ class CachedReference:
     identity: ReferenceIdentity
     cache: ReferenceCache
     report: BuildReport
-    train: CachedLogps | None
-    """None for a loss that reads no reference."""
-    eval: CachedLogps | None
-    """None where nothing is held out."""
+    logps: Mapping[str, CachedLogps]
+    """By the name of the data, `Prepared.read_by_reference`."""
 
 
 def open_cache(recipe: Recipe) -> ReferenceCache:
@@ -57,23 +55,18 @@ def cached_reference(prepared: Prepared, console: Console) -> CachedReference:
     cache = open_cache(recipe)
     source = reference_source(recipe)
     budget = resolve_token_budget(recipe.reference.token_budget, default_device())
-    wanted: list[tuple[str, GroupDataset, bool]] = []
-    if prepared.loss.needs.reference:
-        chosen_only = not prepared.loss.needs.rejected
-        wanted.append(("train", data.train, chosen_only))
-    if data.eval is not None:
-        wanted.append(("eval", data.eval, False))
+    needs = prepared.loss.needs
     report = BuildReport(0, 0, 0, 0, 0.0)
     found: dict[str, CachedLogps] = {}
     with _lazy_scorer(source, recipe, data.train) as scorer, _progress(console) as progress:
-        for name, dataset, chosen_only in wanted:
-            keys, needed = dataset_keys(dataset, chosen_only=chosen_only)
+        for name, dataset in prepared.read_by_reference():
+            keys, needed = dataset_keys(dataset, rejected=needs.rejected or name != "train")
             report += fill_cache(
                 cache, dataset, keys, needed,
                 scorer=scorer, precision=recipe.train.precision, token_budget=budget, progress=progress,
             )  # fmt: skip
-            found[name] = CachedLogps(cache, dataset, keys)
-    return CachedReference(source, cache.identity, cache, report, found.get("train"), found.get("eval"))
+            found[name] = CachedLogps(cache, dataset, keys, tokens=needs.tokens)
+    return CachedReference(source, cache.identity, cache, report, found)
 
 
 def _progress(console: Console) -> Progress:

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from prefopt.forward import Layout, Scorer
+from prefopt.feed import Feed, Partners
+from prefopt.forward import Layout, ReferenceLogps, Scorer
 from prefopt.layout import probe_group
 from prefopt.models import ModelSource
 from prefopt.prepare import Prepared, reference_source
-from prefopt.recipe import Recipe
 from prefopt.reference.build import BuildReport
 from prefopt.reference.identity import ReferenceIdentity
 from prefopt.reference.opening import cached_reference, load_reference, reference_in_memory
-from prefopt.reference.source import OnlineLogps, ReferenceLogps
+from prefopt.reference.source import OnlineLogps
 
 
 @dataclass
@@ -28,8 +28,8 @@ class RunReference:
     identity: ReferenceIdentity | None
     """None for an online reference, which needs none."""
     report: BuildReport
-    train: ReferenceLogps | None
-    eval: ReferenceLogps | None
+    logps: dict[str, ReferenceLogps]
+    """By data: `train` and `eval`, and `train_partners` and `eval_partners` of losses that read mismatched ones."""
     online: OnlineLogps | None = None
     _policy: Scorer | None = None
     _layout: Layout | None = None
@@ -45,15 +45,29 @@ class RunReference:
         """Take note of the policy; an online reference that is its base computes on it from now on."""
         self._policy = scorer
         recipe, data = self.prepared.recipe, self.prepared.data
-        if recipe.reference.cache != "off":
+        if self.prepared.cached:
             return
+        precision, whole = recipe.train.precision, self.prepared.loss.needs.sequential_kl
         if self.is_policy_without_adapter:
-            self.online = OnlineLogps(scorer, precision=recipe.train.precision, adapter_off=True)
+            self.online = OnlineLogps(scorer, precision=precision, adapter_off=True, distribution=whole)
         else:
             reference = load_reference(self.source, recipe, probe_group(data.train))
-            self.online = OnlineLogps(reference, precision=recipe.train.precision)
-        self.train = self.online if self.prepared.loss.needs.reference else None
-        self.eval = self.online
+            self.online = OnlineLogps(reference, precision=precision, distribution=whole)
+        self.logps = dict.fromkeys((name for name, _ in self.prepared.read_by_reference()), self.online)
+
+    def feed(self, name: str) -> Feed:
+        """Return the data `train` or `eval` on their way into the loss."""
+        prepared = self.prepared
+        datasets = {"train": prepared.data.train, "eval": prepared.data.eval, **prepared.partners}
+        dataset, partners = datasets[name], datasets.get(f"{name}_partners")
+        assert dataset is not None
+        return Feed(
+            dataset=dataset,
+            needs=prepared.loss.needs,
+            reference=self.logps.get(name),
+            partners=None if partners is None else Partners(partners, self.logps[f"{name}_partners"]),
+            precision=prepared.recipe.train.precision,
+        )
 
     @contextmanager
     def open(self) -> Iterator[Scorer]:
@@ -75,10 +89,8 @@ class RunReference:
 
 def open_reference(prepared: Prepared, console: Console) -> RunReference:
     """Make the reference of a run ready before the policy is loaded."""
-    recipe: Recipe = prepared.recipe
-    source = reference_source(recipe)
-    nothing = BuildReport(0, 0, 0, 0, 0.0)
-    if recipe.reference.cache == "off":
-        return RunReference(prepared, source, None, nothing, None, None)
+    source = reference_source(prepared.recipe)
+    if not prepared.cached:
+        return RunReference(prepared, source, None, BuildReport(0, 0, 0, 0, 0.0), {})
     cached = cached_reference(prepared, console)
-    return RunReference(prepared, source, cached.identity, cached.report, cached.train, cached.eval)
+    return RunReference(prepared, source, cached.identity, cached.report, dict(cached.logps))

@@ -4,55 +4,63 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from prefopt.batching import RaggedBatch
 from prefopt.data.groups import GroupDataset
-from prefopt.forward import Scorer, autocast
+from prefopt.forward import CompletionLogProbs, Scorer, autocast
 from prefopt.reference.cache import ReferenceCache
 
 
-class ReferenceLogps(Protocol):
-    """Summed reference log-probs of a batch's completions."""
-
-    def __call__(self, batch: RaggedBatch) -> Tensor:
-        """Return (completions,) fp32, nats, on the batch's device."""
-        ...
-
-
 class CachedLogps:
-    """Log-probs of one dataset, read from the cache once and held as one flat array."""
+    """Log-probs of one dataset, read from the cache once and held as flat arrays."""
 
-    def __init__(self, cache: ReferenceCache, dataset: GroupDataset, keys: list[bytes]) -> None:
-        _, self._sums, _ = cache.lookup(keys)
-        counts = [len(dataset.completion_lengths(number)) for number in range(len(dataset))]
+    def __init__(
+        self, cache: ReferenceCache, dataset: GroupDataset, keys: list[bytes], *, tokens: bool = False
+    ) -> None:
+        _, self._sums, self._lengths = cache.lookup(keys)
+        counts = np.diff(dataset.layout.completion_offsets)
         self._starts = np.concatenate(([0], np.cumsum(counts)))
+        self._tokens = cache.token_logps(keys) if tokens else None
 
-    def __call__(self, batch: RaggedBatch) -> Tensor:
-        """Return the cached sums of the batch's completions."""
+    def __call__(self, batch: RaggedBatch) -> CompletionLogProbs:
+        """Return the cached log-probs of the batch's completions; per token where they were asked for."""
+        device = batch.input_ids.device
         places = [int(self._starts[group]) + completion for group, completion in batch.keys]
-        return torch.from_numpy(self._sums[places]).to(batch.input_ids.device)
+        sums = torch.from_numpy(self._sums[places]).to(device)
+        tokens = None
+        if self._tokens is not None:
+            tokens = torch.from_numpy(np.concatenate([self._exact_sum(place) for place in places])).to(device)
+        return CompletionLogProbs(sums, batch.completion_lengths, tokens)
+
+    def _exact_sum(self, place: int) -> np.ndarray:
+        """Token log-probs of one completion; what 16 bits rounded off is spread evenly, so that their sum is right."""
+        assert self._tokens is not None
+        tokens = self._tokens[place].astype(np.float32)
+        return tokens + (self._sums[place] - tokens.sum(dtype=np.float64)).astype(np.float32) / max(len(tokens), 1)
 
 
 class OnlineLogps:
     """Log-probs computed by a reference model that stays in memory."""
 
-    def __init__(self, scorer: Scorer, *, precision: str, adapter_off: bool = False) -> None:
+    def __init__(
+        self, scorer: Scorer, *, precision: str, adapter_off: bool = False, distribution: bool = False
+    ) -> None:
         self.scorer = scorer
         self.precision = precision
         self.adapter_off = adapter_off
+        self.distribution = distribution
+        """Whether the whole next-token distributions are given too."""
         self.tokens = 0
 
     @torch.no_grad()
-    def __call__(self, batch: RaggedBatch) -> Tensor:
-        """Return the sums under the reference, in eval mode."""
+    def __call__(self, batch: RaggedBatch) -> CompletionLogProbs:
+        """Return the log-probs under the reference, in eval mode."""
         self.tokens += int(batch.completion_lengths.sum())
         with self.reference() as scorer, autocast(batch.input_ids.device, self.precision):
-            return scorer(batch).sums
+            return scorer(batch, distribution=self.distribution)
 
     @contextmanager
     def reference(self) -> Iterator[Scorer]:

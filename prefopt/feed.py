@@ -1,0 +1,93 @@
+"""One dataset on its way into a loss: which completions are computed, and everything that is computed of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from prefopt.batching import RaggedBatch, Slice, make_batch
+from prefopt.data.groups import GroupDataset
+from prefopt.forward import ReferenceLogps, Scorer, autocast, evaluating
+from prefopt.memory import trim
+from prefopt.objective import Scored
+from prefopt.planning import Step, Unit, every_comparison, pack_slices
+from prefopt_losses import Needs
+
+
+@dataclass(frozen=True)
+class Partners:
+    """A mismatched completion for every group: its prompt, and a completion of another prompt after it."""
+
+    dataset: GroupDataset
+    """Group g belongs to group g of the data."""
+    reference: ReferenceLogps
+
+
+@dataclass(frozen=True)
+class Feed:
+    """A dataset, and what a loss needs of it."""
+
+    dataset: GroupDataset
+    needs: Needs
+    reference: ReferenceLogps | None
+    """None where neither loss nor metrics read one."""
+    partners: Partners | None
+    precision: str
+
+    @property
+    def rejected(self) -> bool:
+        """Whether rejected completions are computed."""
+        return self.needs.rejected or not self.dataset.paired
+
+    @property
+    def unit(self) -> Unit:
+        """What the loss has one value for."""
+        return "list" if self.needs.lists else "comparison"
+
+    def policy_only(self) -> Feed:
+        """Return the feed without what is a constant to the policy's gradient."""
+        return replace(self, partners=None, reference=self.reference if self.needs.sequential_kl else None)
+
+    def batch(self, micro: Sequence[Slice], device: torch.device) -> RaggedBatch:
+        """Lay a micro-batch out, on the device."""
+        groups = [self.dataset[part.group] for part in micro]
+        batch = make_batch(groups, micro, rejected=self.rejected, gold=self.needs.gold, lists=self.needs.lists)
+        return batch.to(device)
+
+    def scored(self, module: nn.Module, micro: Sequence[Slice], batch: RaggedBatch) -> Scored:
+        """Compute what the loss reads of a micro-batch; gradient flows as the caller has it."""
+        device = batch.input_ids.device
+        mismatched = self._mismatched(module, micro, device) if self.partners else None
+        reference = self.reference(batch) if self.reference else None
+        against = reference.distribution if reference is not None and self.needs.sequential_kl else None
+        with autocast(device, self.precision):
+            policy = module(batch, relative=self.needs.relative, against=against)
+        return Scored(batch, policy, reference, mismatched)
+
+    def evaluated(self, scorer: Scorer, token_budget: int) -> Iterator[tuple[Scored, Step]]:
+        """Compute everything in eval mode, without gradient, each micro-batch with the plan of all."""
+        device = next(scorer.parameters()).device
+        # Both sides are computed for the metrics, also where the loss reads only one.
+        everything = every_comparison(self.dataset)
+        plan = pack_slices(self.dataset, everything, token_budget=token_budget, gold=self.needs.gold, unit=self.unit)
+        with evaluating(scorer):
+            for micro in plan.micro_batches:
+                groups = [self.dataset[part.group] for part in micro]
+                batch = make_batch(groups, micro, gold=self.needs.gold, lists=self.needs.lists).to(device)
+                yield self.scored(scorer, micro, batch), plan
+                trim(device)
+
+    @torch.no_grad()
+    def _mismatched(self, module: nn.Module, micro: Sequence[Slice], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Sums of the groups' partners under policy and reference, once per comparison."""
+        assert self.partners is not None
+        slices = [Slice(part.group, (0,)) for part in micro]
+        batch = make_batch([self.partners.dataset[part.group] for part in micro], slices).to(device)
+        with autocast(device, self.precision):
+            policy = module(batch).sums
+        times = torch.tensor([len(part.comparisons) for part in micro], device=device)
+        reference = self.partners.reference(batch).sums
+        return policy.repeat_interleave(times), reference.repeat_interleave(times)
