@@ -239,8 +239,8 @@ def test_the_line_that_losses_offers_for_a_recipe_works(
 
 
 def test_an_unknown_loss_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["losses", "dop"]) == 2
-    assert 'did you mean "dpo"?' in capsys.readouterr().err
+    assert main(["losses", "hing"]) == 2
+    assert 'did you mean "hinge"?' in capsys.readouterr().err
 
 
 def test_recipes_lists_what_is_shipped_with_its_purpose(capsys: pytest.CaptureFixture[str]) -> None:

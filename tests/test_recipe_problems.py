@@ -155,7 +155,7 @@ def test_all_problems_of_a_loss_are_listed() -> None:
         "3",
     )
     assert "cdpo" in found["loss.label_smoothing"].fix
-    assert problems_with(loss="dop")["loss"].fix == 'did you mean "dpo"?'
+    assert problems_with(loss="hing")["loss"].fix == 'did you mean "hinge"?'
     assert "robust_dpo" in problems_with(loss="rdpo")["loss"].fix
 
 
