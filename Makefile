@@ -37,6 +37,7 @@ check: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python -m prefopt_losses.readme losses/README.md
 	$(BIN)/python -m prefopt.recipe.document docs
+	$(BIN)/python -m prefopt.cli.loss_pages docs/losses
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

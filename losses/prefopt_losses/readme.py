@@ -1,15 +1,19 @@
-"""Write the pages that are made from the table of methods.
+"""Write the README of the losses and the type stub of their functions, both made from the table of methods.
 
     python -m prefopt_losses.readme losses/README.md
 
-writes that README and, beside functional.py, the type stub functional.pyi. A test fails when either is stale.
+writes that README and, beside functional.py, the type stub functional.pyi. A test fails when either is stale. What
+the pages of `docs/losses` say in the same words is public here: `kind_of_data`, `also_reads`, `score_in_words`,
+`source_link`, and the table OUTSIDE of what is no loss of this table.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +23,12 @@ from prefopt_losses.list_terms import ListTerm
 from prefopt_losses.lookup import get_loss
 from prefopt_losses.method import Method
 from prefopt_losses.methods import FAMILIES, METHODS
+from prefopt_losses.needs import Needs
 from prefopt_losses.terms import Term, function_name
 
 STUB = Path(functional.__file__).with_suffix(".pyi")
+PAGES = "../docs/losses"
+"""Where the page of each method lies, from the README."""
 
 READS = {
     "reference": "reference",
@@ -58,8 +65,8 @@ HEAD = """\
 
 Offline preference losses as one algebra. Needs torch and nothing else.
 
-This page is written by `python -m prefopt_losses.readme losses/README.md` from the table in
-`prefopt_losses/methods.py`; edit that.
+This page is written from the table in `prefopt_losses/methods/` by `make docs`; edit the table. Each name leads to
+the page of its method: when to use it, what its function does, how to call it. [Which one?]({pages}/index.md)
 
 ```python
 {example}```
@@ -84,15 +91,66 @@ nats; methods that want means take the lengths.
 
 ## Methods
 
+{notation}
+"""
+
+NOTATION = """\
 Notation: `s` sigmoid; `w` chosen, `l` rejected; `l_w`, `r_w` policy and reference log-probs summed over
 completion tokens; `u = l - r`; `rho = u_w - u_l`; a bar divides by the completion's tokens;
-`nll` is the token mean of `-l_w`.
-"""
+`nll` is the token mean of `-l_w`."""
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Something that is called a preference loss and is not in the table."""
+
+    name: str
+    reason: str
+    instead: str
+    arxiv: str = ""
+
+
+OUTSIDE: tuple[Outside, ...] = (
+    Outside("TR-DPO", "no loss: a callback that moves the reference towards the policy", "none; the reference is fixed "
+            "here, and cached", "2404.09656"),
+    Outside("RSO's sampling, RFT, best of n", "steps of data: they choose the completions", "`hinge` or `dpo` on RSO's "
+            "pairs, `sft` on the chosen ones", "2309.06657"),
+    Outside("Online DPO", "sampling: pairs of the current policy, judged during training", "any pair loss, on "
+            "the pairs of each round", "2402.04792"),
+    Outside("Nash-MD, IPO-MD", "sampling, from a mixture of policy and reference", "`ipo` or another pair loss, on the "
+            "pairs of each round"),
+    Outside("XPO", "adds the log-probs of completions that the reference samples during training", "`dpo` is its other "
+            "part", "2405.21046"),
+    Outside("HyPO (hybrid, offline and online)", "adds a KL estimated on samples of the policy",
+            "`dpo` is its other part"),
+    Outside("D2PO, discriminator-guided", "online DPO with a labeller that is trained beside it", "`dpo`; `d2po` is "
+            "another method, DPO with temporal decay", "2405.01511"),
+    Outside("p-DPO in its exact form", "its minimum is over reward models of the whole expected loss, and its KL is "
+            "taken on samples of the reference", "`pessimistic_distillation`: the minimum pair by pair, the KL on the "
+            "pair's own completions", "2405.19316"),
+    Outside("BCO with UDM weights", "density ratios from a classifier of prompt embeddings, trained beforehand",
+            "`bco` without them", "2404.04656"),
+    Outside("DRO-V's value network", "a second network with its own optimizer", "`dro`: values from the data, or a "
+            "linear head learned beside the policy", "2405.19107"),
+    Outside("AQL, AQFL, DBAQL of DiscoPOP", "their f itself changes with mean and spread of the batch", "`discopop`, "
+            "`cell`, `padll` of the same search", "2406.08414"),
+    Outside("PRO, LiPO", "other reductions of a list than the four written here", "`plackett_luce_dpo`, `infonca`, "
+            "`nca_list`, `rrhf`; in Python, a `ListTerm` of your own (`terms:` of a recipe holds terms of pairs)"),
+    Outside("LPO", "two terms would express it, but its formula was read second-hand only", "`terms:` of a recipe with "
+            "an f of your own", "2508.14947"),
+    Outside("EXPO (explicit preference optimization)", "its formula was not read", "-", "2506.07492"),
+    Outside("DPO-Shift with a schedule", "no hyper-parameter changes during training", "`dpo_shift` at a fixed lambda",
+            "2502.07599"),
+    Outside("TBPO, BNF", "preferences of single tokens: another score than a log-prob of the completion", "`tdpo1`, "
+            "`tdpo2`, `d2po` look inside a completion too"),
+    Outside("MaPO", "a loss of diffusion models: its score is a denoising error, no log-prob", "-"),
+)  # fmt: skip
+"""What does not fit, why, and what comes nearest."""
 
 
 def readme() -> str:
     """Return the README of the losses."""
-    lines = [HEAD.format(example=EXAMPLE)]
+    lines = [HEAD.format(example=EXAMPLE, pages=PAGES, notation=NOTATION)]
     for family, title in FAMILIES.items():
         rows = {name: method for name, method in METHODS.items() if method.family == family}
         lines += [
@@ -102,7 +160,8 @@ def readme() -> str:
             "|---|---|---|---|---|---|",
         ]
         lines += [_row(name, method) for name, method in rows.items()]
-        lines += ["", *(f"- `{name}`: {method.note}" for name, method in rows.items() if method.note), ""]
+        lines += ["", *(f"- `{name}`: {escaped(method.note)}" for name, method in rows.items() if method.note), ""]
+    lines += ["## What does not fit, and why", "", *outside_table(), ""]
     lines += [
         "## Coordinates",
         "",
@@ -112,6 +171,47 @@ def readme() -> str:
     lines += [_coordinates(name, term) for name, term in _all_terms() if isinstance(term, Term)]
     lines += _list_coordinates()
     return "\n".join(lines) + "\n"
+
+
+def outside_table() -> list[str]:
+    """Return the lines of the table of what does not fit."""
+    rows = ["| method | why it is not here | what comes nearest |", "|---|---|---|"]
+    for each in OUTSIDE:
+        name = f"[{each.name}](https://arxiv.org/abs/{each.arxiv})" if each.arxiv else each.name
+        rows.append(f"| {name} | {each.reason} | {each.instead} |")
+    return rows
+
+
+def escaped(text: str) -> str:
+    """Return prose in which Markdown sees neither emphasis nor the edge of a table cell."""
+    return re.sub(r"[*|]|<(?=\w)", r"\\\g<0>", text)
+
+
+def kind_of_data(needs: Needs) -> str:
+    """Return what one example of a loss is."""
+    if needs.lists:
+        return "lists"
+    if needs.pairs:
+        return "pairs"
+    return "single completions" if needs.rejected else "chosen only"
+
+
+def also_reads(needs: Needs) -> list[str]:
+    """Return what a loss reads besides the policy's log-probs."""
+    return [said for need, said in READS.items() if getattr(needs, need)]
+
+
+def score_in_words(term: Term | ListTerm) -> str:
+    """Return aggregate, reference and link of a score: `mean, reference, jensen_shannon`."""
+    link = function_name(term.score.link)
+    reference = ["reference"] * term.score.reference
+    return ", ".join([term.score.aggregate_name, *reference, *([link] if link != "identity" else [])])
+
+
+def source_link(method: Method) -> str:
+    """Return paper and equation, linked where there is an address."""
+    source = ", ".join(filter(None, (method.paper, method.equation)))
+    return f"[{source}]({method.link})" if method.link else source
 
 
 def stub() -> str:
@@ -142,29 +242,18 @@ def stub() -> str:
 def _row(name: str, method: Method) -> str:
     defaults = ", ".join(f"{key} {each.default}" for key, each in schema(method.make).items())
     needs = get_loss(name).needs
-    reads = (
-        ["lists"]
-        if needs.lists
-        else ["pairs"]
-        if needs.pairs
-        else ["single completions" if needs.rejected else "chosen only"]
-    )
-    reads += [said for need, said in READS.items() if getattr(needs, need)]
-    reads += ["the whole step"] * bool(needs.batch)
-    source = ", ".join(filter(None, (method.paper, method.equation)))
-    link = f"[{source}]({method.link})" if method.link else source
-    formula = method.formula.replace("|", "\\|")
-    return f"| `{name}` | `{formula}` | {defaults} | {', '.join(reads)} | {method.trl} | {link} |"
+    reads = ", ".join([kind_of_data(needs), *also_reads(needs), *["the whole step"] * bool(needs.batch)])
+    page, formula = f"[`{name}`]({PAGES}/{name}.md)", method.formula.replace("|", "\\|")
+    return f"| {page} | `{formula}` | {defaults} | {reads} | {method.trl} | {source_link(method)} |"
 
 
 def _coordinates(name: str, term: Term) -> str:
     c = term.coordinates()
-    score = f"{c['aggregate']}{', reference' * term.score.reference}"
-    if function_name(term.score.link) != "identity":
-        score += f", {c['link']}"
     contrast = "({:g}, {:g})".format(*term.contrast)
-    rest = " | ".join(_number(c[key]) for key in ("beta", "shift", "q", "coefficient", "weight"))
-    return f"| `{name}` | {c['f']} | {score} | {contrast} | {rest} |"
+    if term.sort:
+        contrast += f", {term.sort} sorted"
+    rest = " | ".join(escaped(number(c[key])) for key in ("beta", "shift", "q", "coefficient", "weight"))
+    return f"| `{name}` | {c['f']} | {score_in_words(term)} | {contrast} | {rest} |"
 
 
 def _all_terms() -> Iterator[tuple[str, Term | ListTerm]]:
@@ -172,19 +261,18 @@ def _all_terms() -> Iterator[tuple[str, Term | ListTerm]]:
 
 
 def _list_coordinates() -> list[str]:
-    rows = [(name, term.coordinates()) for name, term in _all_terms() if isinstance(term, ListTerm)]
+    rows = [(name, term) for name, term in _all_terms() if isinstance(term, ListTerm)]
     if not rows:
         return []
     head = ["", "| name | reduction | score | beta | coefficient |", "|---|---|---|---|---|"]
-    score = "{aggregate}{with_reference}".format
     return head + [
-        f"| `{name}` | {c['reduce']} | {score(with_reference=', reference' * bool(c['reference']), **c)} "
-        f"| {_number(c['beta'])} | {_number(c['coefficient'])} |"
-        for name, c in rows
+        f"| `{name}` | {term.coordinates()['reduce']} | {score_in_words(term)} | {term.beta:g} | {term.coefficient:g} |"
+        for name, term in rows
     ]
 
 
-def _number(value: Any) -> str:
+def number(value: Any) -> str:
+    """Return a coordinate: a number, or the name of what each example brings."""
     return value if isinstance(value, str) else f"{value:g}"
 
 

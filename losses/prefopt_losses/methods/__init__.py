@@ -5,7 +5,7 @@ l_w, l_l policy and r_w, r_l reference log-probs summed over completion tokens; 
 rho = u_w - u_l; a bar (l̄, ū) divides by the completion's tokens; nll is the token mean of -l_w.
 
 To add a method: write its maker (terms, keyword-only hyper-parameters) and its row in the room of its family, and
-its formula, by hand, in tests/losses/published. Its function, its page and its recipe block follow from these.
+its formula, by hand, in tests/published. Its function, its page and its recipe block follow from these.
 """
 
 from __future__ import annotations
