@@ -54,13 +54,14 @@ def _what_the_loss_learned(prepared: Prepared, policy: Scorer, folder: Path) -> 
     """Return the numbers that the loss carried to the end of the run, and give the policy its value head back.
 
     Raises:
-        ModelError: a value head was learned, and its checkpoint is gone.
+        ModelError: there was something to learn, and its checkpoint is gone.
     """
-    newest = latest_state(folder)
-    if prepared.learns_values:
-        if newest is None:
-            raise ModelError(Problem(str(folder / "checkpoints"), "the last checkpoint, which holds the learned V(x)",
-                                     "none", "its loss cannot be computed again; run it again"))  # fmt: skip
+    newest, carries = latest_state(folder), prepared.loss.needs.state
+    if newest is None and (prepared.learns_values or carries):
+        what = ", ".join(("the learned V(x)",) * prepared.learns_values + carries)
+        raise ModelError(Problem(str(folder / "checkpoints"), f"the last checkpoint, which holds {what}",
+                                 "none", "its loss cannot be computed again; run it again"))  # fmt: skip
+    if prepared.learns_values and newest is not None:
         policy.learn_values()
         load_value_head(newest[0], policy)
     return {name: torch.tensor(value) for name, value in newest[1].loss_state.items()} if newest else {}

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 
+from prefopt.data.groups import GroupDataset
 from prefopt.data.load import LoadedData
+from prefopt.data.mismatched import only_prompt
 from prefopt.errors import DataError, ModelError, Problem
 from prefopt.models import ModelSource, load_config, load_tokenizer
 from prefopt.recipe import Recipe
-from prefopt_losses import Loss
+from prefopt_losses import LogProbs, Loss, LossError
 
 
 def _cached_distribution(loss: Loss, recipe: Recipe) -> Iterator[Problem]:
@@ -20,18 +24,25 @@ def _cached_distribution(loss: Loss, recipe: Recipe) -> Iterator[Problem]:
         yield Problem("reference.cache", expected, recipe.reference.cache, "remove reference.cache")
 
 
-def refuse_another_vocabulary(recipe: Recipe, source: ModelSource, tokenizer: Any) -> None:
-    """Compare the tokenizer of a named reference with the policy's: the same ids must be the same text."""
-    if recipe.reference.model is None:
-        return
-    theirs = {number: token for token, number in load_tokenizer(source).get_vocab().items()}
+def refuse_another_vocabulary(loss: Loss, policy: ModelSource, reference: ModelSource, tokenizer: Any) -> None:
+    """Compare a named reference with the policy: the same ids must be the same text.
+
+    Raises:
+        ModelError: they are not, or the loss compares distributions over vocabularies of different sizes.
+    """
+    problems = []
+    fix = "name a reference of the same family, or leave reference.model out"
+    theirs = {number: token for token, number in load_tokenizer(reference).get_vocab().items()}
     moved = sum(theirs.get(number, token) != token for token, number in tokenizer.get_vocab().items())
     if moved:
-        raise ModelError(
-            Problem("reference.model", "a model with the policy's vocabulary: both read the same token ids",
-                    f"{moved:,} ids are other text to {source.path}",
-                    "name a reference of the same family, or leave reference.model out")
-        )  # fmt: skip
+        expected = "a model with the policy's vocabulary: both read the same token ids"
+        problems.append(Problem("reference.model", expected, f"{moved:,} ids are other text to {reference.path}", fix))
+    rows, own = (load_config(source).get_text_config().vocab_size for source in (reference, policy))
+    if loss.needs.sequential_kl and rows != own:
+        expected = f"a vocabulary of {own} rows, as {policy.path} has: {loss.name} compares whole distributions"
+        problems.append(Problem("reference.model", expected, f"{rows} rows in {reference.path}", fix))
+    if problems:
+        raise ModelError(problems)
 
 
 def refuse_unusable_data(loss: Loss, data: LoadedData, recipe: Recipe) -> None:
@@ -43,6 +54,8 @@ def refuse_unusable_data(loss: Loss, data: LoadedData, recipe: Recipe) -> None:
     problems = [
         *_wrong_kind(loss, data),
         *_missing_columns(loss, data),
+        *_refused_numbers(loss, data),
+        *_too_few(loss, data, recipe),
         *_uncoupled_recipe(loss, recipe),
         *_cached_distribution(loss, recipe),
     ]
@@ -64,19 +77,21 @@ def _wrong_kind(loss: Loss, data: LoadedData) -> Iterator[Problem]:
 def _missing_columns(loss: Loss, data: LoadedData) -> Iterator[Problem]:
     """What the loss reads of the data themselves, and rows that do not have it."""
     needs = loss.needs
-    sets = [(name, groups) for name, groups in (("data.train", data.train), ("data.eval", data.eval)) if groups]
-    for name, groups in sets:
+    values_are_learned = "values" in needs.learns and data.train.without_values == len(data.train.layout.values)
+    for name, groups in _sets(data):
         bare = int(np.isnan(groups.layout.probabilities).sum())
         wanted = {
             "preference_probability": (needs.preference_probability, bare),
             "chosen_score and rejected_score": (needs.scores and groups.paired, groups.without_scores),
             "score": (needs.scores and not groups.paired, groups.without_scores),
-            "value": (needs.values and "values" not in needs.learns, groups.without_values),
+            "value": (needs.values and not values_are_learned, groups.without_values),
             "gold": (needs.gold, groups.without_gold),
         }
         for column, (needed, missing) in wanted.items():
             if needed and missing:
-                fix = f"{MENDING[column]}: data.columns, or choose another loss"
+                learned = column == "value" and "values" in needs.learns
+                other = "take the values out of data.train: V(x) is then learned" if learned else "choose another loss"
+                fix = f"{MENDING[column]}: data.columns, or {other}"
                 yield Problem(name, f"{column} in every row: {loss.name} reads it", f"{missing:,} rows without", fix)
 
 
@@ -89,32 +104,99 @@ MENDING = {
 }
 
 
+def _sets(data: LoadedData) -> list[tuple[str, GroupDataset]]:
+    sets = {"data.train": data.train, "data.eval": data.eval}
+    return [(name, groups) for name, groups in sets.items() if groups is not None]
+
+
+def _refused_numbers(loss: Loss, data: LoadedData) -> Iterator[Problem]:
+    """Ask the loss itself, with log-probs of zero, whether it takes the scores that the data have."""
+    for name, groups in _sets(data):
+        if not loss.needs.scores or not groups.paired:
+            continue
+        there = ~np.isnan(groups.layout.scores).any(axis=(1, 2))
+        scores = torch.from_numpy(groups.layout.scores[there]).float()
+        found = list(islice(_refused(loss, scores, groups.layout.source_rows[there]), SHOWN_ROWS + 1))
+        if found:
+            reason, *_, fix = found[0][1].split(". ")
+            rows = ", ".join(str(row) for row, _ in found[:SHOWN_ROWS])
+            more = " and more" if len(found) > SHOWN_ROWS else ""
+            expected = f"{reason.replace(': expected', '')}, as {loss.name} asks"
+            yield Problem(name, expected, f"others in rows {rows}{more}", fix.rstrip("."))
+
+
+SHOWN_ROWS = 8
+
+
+def _refused(loss: Loss, scores: torch.Tensor, rows: np.ndarray) -> Iterator[tuple[int, str]]:
+    """Yield the rows whose scores (comparisons, 2, models) the loss refuses, each with what it says."""
+    if not len(rows):
+        return
+    repeated = scores.repeat(-(-loss.needs.minimum_batch // len(rows)), 1, 1)
+    chosen, rejected = (side.squeeze(1) if side.shape[1] == 1 else side for side in repeated.unbind(1))
+    read = {
+        name: torch.zeros(len(repeated), 1) if "token_logps" in name else torch.full((len(repeated),), blank)
+        for name in loss.needs.tensors
+        for blank in [1.0 if name.endswith("lengths") else 0.0]
+    }
+    try:
+        loss(LogProbs(**{**read, "chosen_scores": chosen, "rejected_scores": rejected}))
+    except LossError as error:
+        half = len(rows) // 2
+        if not half:
+            yield int(rows[0]), str(error)
+            return
+        yield from _refused(loss, scores[:half], rows[:half])
+        yield from _refused(loss, scores[half:], rows[half:])
+
+
+def _too_few(loss: Loss, data: LoadedData, recipe: Recipe) -> Iterator[Problem]:
+    """What is taken over several examples needs them, of the step and of the held-out data; so do partners."""
+    needs, unit = loss.needs, "lists" if loss.needs.lists else "comparisons"
+    epochs = recipe.train.epochs if recipe.train.max_steps is None else None
+    for name, groups in _sets(data):
+        count = int(groups.lists_per_group.sum()) if needs.lists else len(groups.layout.chosen)
+        trained = max(1, round(count * epochs)) if epochs is not None and name == "data.train" else count
+        if trained < needs.minimum_batch:
+            expected = f"at least {needs.minimum_batch} {unit}: {', '.join(needs.batch)} is taken over them"
+            yield Problem(name, expected, f"{trained}", "give more rows, or choose another loss")
+        if needs.mismatched:
+            yield from only_prompt(groups, name)
+
+
 def _uncoupled_recipe(loss: Loss, recipe: Recipe) -> Iterator[Problem]:
     needs, size = loss.needs, recipe.train.batch_size
     if size < needs.minimum_batch:
         expected = f"at least {needs.minimum_batch}: {', '.join(needs.batch)} is taken over a whole optimizer step"
         yield Problem("train.batch_size", expected, str(size), f"train.batch_size={8 * needs.minimum_batch}")
-    if needs.batch and (recipe.train.dropout or (recipe.adapter is not None and recipe.adapter.dropout > 0)):
-        expected = f"no dropout: {loss.name} couples the examples of a step, whose log-probs are computed twice"
-        yield Problem("train.dropout", expected, "dropout", "set train.dropout=false and adapter.dropout=0")
+    dropping = {"train.dropout": recipe.train.dropout, "adapter.dropout": recipe.adapter and recipe.adapter.dropout}
+    for key, given in dropping.items():
+        if needs.batch and given:
+            expected = f"no dropout: {loss.name} couples the examples of a step, whose log-probs are computed twice"
+            yield Problem(key, expected, str(given).lower(), f"{key}={'false' if given is True else 0}")
 
 
-def refuse_unreadable_rows(sources: Sequence[ModelSource], recipe: Recipe, data: LoadedData) -> None:
+def refuse_unreadable_rows(
+    sources: Sequence[ModelSource], recipe: Recipe, data: LoadedData, partners: Iterable[GroupDataset] = ()
+) -> None:
     """Compare token ids and row lengths with what the models have embeddings and positions for, by their configs.
+
+    A prompt with another one's completion after it, which `partners` hold, can be longer than any row of the data.
 
     Raises:
         ModelError: with everything that does not fit.
     """
-    problems = [problem for source in sources for problem in _misfits(source, recipe, data)]
+    sets = [groups for _, groups in _sets(data)]
+    largest = max(groups.largest_id for groups in sets)
+    longest = max(groups.longest_row for groups in (*sets, *partners))
+    problems = [problem for source in sources for problem in _misfits(source, recipe, data, largest, longest)]
     if problems:
         raise ModelError(problems)
 
 
-def _misfits(source: ModelSource, recipe: Recipe, data: LoadedData) -> Iterator[Problem]:
+def _misfits(source: ModelSource, recipe: Recipe, data: LoadedData, largest: int, longest: int) -> Iterator[Problem]:
     config = load_config(source).get_text_config()
-    sets = [groups for groups in (data.train, data.eval) if groups is not None]
     rows, positions = config.vocab_size, getattr(config, "max_position_embeddings", None)
-    largest, longest = max(groups.largest_id for groups in sets), max(groups.longest_row for groups in sets)
     if largest >= rows:
         expected = f"token ids below {rows}, the rows of the model's embedding"
         yield Problem(

@@ -27,7 +27,7 @@ from prefopt.objective import (
 )
 from prefopt.planning import Step
 from prefopt.run import Run
-from prefopt.step_record import fed_back, from_all_processes, joined, step_gradients
+from prefopt.step_record import fed_back, from_all_processes, joined, step_gradients, without_effect
 from prefopt_losses import ListLogProbs, LossError
 
 
@@ -66,7 +66,7 @@ def _two_passes(run: Run, plan: Step, facts: StepFacts, sums: MetricSums) -> Non
         for micro, batch, spare, _ in _own_micro_batches(run, plan):
             scored = run.feed.scored(run.module, micro, batch)
             own += [] if spare else [loss_record(loss.needs, scored, facts)]
-    records, begin = from_all_processes(own)
+    records, begin = from_all_processes(own, run.accelerator.device)
     _move_on(run, joined(records))
     records = [_carrying(run, record) for record in records]
     mine = range(begin, begin + len(own))
@@ -79,7 +79,7 @@ def _two_passes(run: Run, plan: Step, facts: StepFacts, sums: MetricSums) -> Non
         with nullcontext() if last else run.accelerator.no_sync(run.module):
             scored = lean.scored(run.module, micro, batch)
             record = loss_record(loss.needs, scored, facts)
-            surrogate = scored.policy.sums.sum() * 0.0 if spare else fed_back(record, slopes[number])
+            surrogate = without_effect(record) if spare else fed_back(record, slopes[number])
             run.accelerator.backward(surrogate * world)
     if run.accelerator.is_main_process:
         add_record_metrics(sums, loss, whole, losses)

@@ -131,8 +131,8 @@ def _list_record(scored: Scored) -> ListLogProbs:
 
 
 def _values(scored: Scored, index: Tensor) -> Tensor | None:
-    """Return the prompts' values: the data's, else the policy's value head's."""
-    return _at(scored.policy.values, index) if scored.batch.values is None else scored.batch.values
+    """Return the prompts' values: the policy's value head's where it has one, else the data's."""
+    return scored.batch.values if scored.policy.values is None else _at(scored.policy.values, index)
 
 
 def _at(values: Tensor | None, index: Tensor | None) -> Tensor | None:

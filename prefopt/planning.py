@@ -25,8 +25,6 @@ class Step:
     computed_tokens: int
     units: int
     """Comparisons, or lists: as many values as the loss has in this step."""
-    gold_tokens: int
-    """Tokens of the gold completions, each comparison counting its own; 0 where they were not asked for."""
 
     @property
     def tokens_per_example(self) -> float:
@@ -163,13 +161,12 @@ def pack_slices(
         unit: what is never split.
     """
     sized: list[tuple[int, Slice]] = []
-    chosen_tokens = gold_tokens = units = 0
+    chosen_tokens = units = 0
     for part in slices:
         comparisons = dataset.comparisons(part.group)
         lengths = dataset.completion_lengths(part.group)
         for one in (comparisons[index] for index in part.comparisons):
             chosen_tokens += 0 if one.chosen is None else int(lengths[one.chosen])
-            gold_tokens += 0 if one.gold is None or not gold else int(lengths[one.gold])
         whole = _units(part, comparisons, unit)
         units += len(whole)
         sized += _split_to_budget(dataset, part, whole, comparisons, token_budget, rejected=rejected, gold=gold)
@@ -191,7 +188,6 @@ def pack_slices(
         chosen_tokens=chosen_tokens,
         computed_tokens=sum(size for size, _ in sized),
         units=units,
-        gold_tokens=gold_tokens,
     )
 
 

@@ -37,13 +37,14 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     budget = resolve_token_budget(recipe.train.token_budget, default_device())
     dataset = prepared.data.train
     load_gold_reward(recipe.eval.gold_reward)
+    refuse_misfits(recipe, prepared)
     planner = make_planner(prepared, token_budget=budget)
     total = planner.total_steps(epochs=recipe.train.epochs, max_steps=recipe.train.max_steps)
-    refuse_misfits(recipe, prepared, total)
     first = planner.step(0)
+    lists = f"{first.units} lists of " if prepared.loss.needs.lists else ""
     screen.named(
         "step",
-        f"{first.comparisons} comparisons, {first.computed_tokens:,} computed tokens, micro-batches: "
+        f"{lists}{first.comparisons} comparisons, {first.computed_tokens:,} computed tokens, micro-batches: "
         f"{len(first.micro_batches)}",
     )
     few = dataset.select(range(min(CHECKED_GROUPS, len(dataset))))

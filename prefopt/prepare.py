@@ -66,10 +66,13 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
     tokenizer = load_tokenizer(policy_source(recipe))
     data = load_data(recipe.data, tokenizer, seed=recipe.seed, quiet=quiet)
     refuse_unusable_data(loss, data, recipe)
-    refuse_another_vocabulary(recipe, reference_source(recipe), tokenizer)
-    sources = [policy_source(recipe), *([reference_source(recipe)] if recipe.reference.model else [])]
-    refuse_unreadable_rows(sources, recipe, data)
-    return Prepared(recipe, tokenizer, data, loss, _partners(loss, data, recipe))
+    sources = [policy_source(recipe)]
+    if recipe.reference.model is not None:
+        sources.append(reference_source(recipe))
+        refuse_another_vocabulary(loss, sources[0], sources[1], tokenizer)
+    partners = _partners(loss, data, recipe)
+    refuse_unreadable_rows(sources, recipe, data, partners.values())
+    return Prepared(recipe, tokenizer, data, loss, partners)
 
 
 def _partners(loss: Loss, data: LoadedData, recipe: Recipe) -> dict[str, GroupDataset]:

@@ -152,7 +152,6 @@ def set_up(
     budget = resolved["token_budget"]
     planner = make_planner(prepared, token_budget=budget)
     total = planner.total_steps(epochs=recipe.train.epochs, max_steps=recipe.train.max_steps)
-    refuse_misfits(recipe, prepared, total)
     policy = load_policy(prepared.recipe, probe_group(prepared.data.train), token_budget=budget)
     if prepared.learns_values:
         policy.scorer.learn_values()
@@ -201,8 +200,10 @@ def _resolve(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     }
 
 
-def refuse_misfits(recipe: Recipe, prepared: Prepared, total: int) -> None:
+def refuse_misfits(recipe: Recipe, prepared: Prepared) -> None:
     """Raise RecipeError with every key that the data and the length of the run make impossible."""
+    planner = make_planner(prepared, token_budget=1)  # no budget changes the number of steps
+    total = planner.total_steps(epochs=recipe.train.epochs, max_steps=recipe.train.max_steps)
     problems = [*_unknown_best(recipe, prepared), *_endless_warmup(recipe, total)]
     if problems:
         raise RecipeError(problems)

@@ -247,7 +247,9 @@ def _short(value: Any) -> str:
 
 
 def _settings(name: str, hyperparameters: Mapping[str, Any]) -> str:
-    spelled = ", ".join(f"{key} {_short(value)}" for key, value in hyperparameters.items())
+    spelled = ", ".join(
+        f"{len(value)} terms" if key == "terms" else f"{key} {_short(value)}" for key, value in hyperparameters.items()
+    )
     return f"{name} {spelled}".strip()
 
 

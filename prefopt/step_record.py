@@ -46,17 +46,17 @@ def joined(records: Sequence[AnyRecord]) -> AnyRecord:
     return replace(first, **changes)
 
 
-def from_all_processes(records: Sequence[AnyRecord]) -> tuple[list[AnyRecord], int]:
+def from_all_processes(records: Sequence[AnyRecord], device: torch.device | str = "cpu") -> tuple[list[AnyRecord], int]:
     """Return the records of every process, in the order of their ranks, and where this one's begin.
 
-    A process that has none this time passes an empty list.
+    A process that has none this time passes an empty list; it still gets them on its device, so that what all
+    compute of them is the same to the last bit.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return list(records), 0
     rank = torch.distributed.get_rank()
     sent = [(rank, place, _moved(record, "cpu")) for place, record in enumerate(records)]
     everyone = sorted(gather_object(sent), key=lambda item: item[:2])
-    device = next((_device(record) for record in records), torch.device("cpu"))
     begin = sum(other < rank for other, _, _ in everyone)
     return [_moved(record, device) for _, _, record in everyone], begin
 
@@ -91,6 +91,12 @@ def step_gradients(
     return losses.detach(), [{name: next(slopes) for name in leaves[place]} for place in own], whole
 
 
+def without_effect(record: Record) -> Tensor:
+    """Return zero, by way of all that reaches the policy: data-parallel wrappers wait for every trained parameter."""
+    values = [getattr(record, name, None) for name in OF_THE_POLICY]
+    return torch.stack([(value * 0.0).sum() for value in values if isinstance(value, Tensor)]).sum()
+
+
 def fed_back(record: Record, slopes: dict[str, Tensor]) -> Tensor:
     """Return a number whose gradient in the policy is that of the step's loss, by way of this record."""
     given = {name: getattr(record, name) for name in slopes}
@@ -104,7 +110,3 @@ def _widened(part: Tensor, width: int | None) -> Tensor:
 def _moved(record: AnyRecord, device: torch.device | str) -> AnyRecord:
     tensors = {name: value.detach().to(device) for name, value in vars(record).items() if isinstance(value, Tensor)}
     return replace(record, **tensors)
-
-
-def _device(record: Record) -> torch.device:
-    return next(value.device for value in vars(record).values() if isinstance(value, Tensor))

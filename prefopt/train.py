@@ -31,10 +31,11 @@ from prefopt.prepare import prepare
 from prefopt.recipe import Recipe
 from prefopt.reference.running import open_reference
 from prefopt.result import finish_run
-from prefopt.run import BEST, Run, claim_together, make_accelerator, set_up
+from prefopt.run import BEST, Run, claim_together, make_accelerator, refuse_misfits, set_up
 from prefopt.run_folder import REFERENCE_SAMPLES, STEP_ZERO, RunFolder, write_json
 from prefopt.schedule import is_due, learning_rate_at
 from prefopt.screen import Screen
+from prefopt_losses import LossError
 
 TRIM_EVERY = 8
 """Steps between two calls that return freed memory: one costs 13 ms, a quarter of a step of the sandbox."""
@@ -61,6 +62,7 @@ def run_training(recipe: Recipe, console: Console) -> dict[str, Any]:
         with accelerator.main_process_first():  # the others find data and log-probs in the caches
             prepared = prepare(recipe, quiet=not screen.console.is_terminal)
             screen.data(prepared)
+            refuse_misfits(recipe, prepared)
             reference = open_reference(prepared, screen.console)
             screen.reference(reference)
         run = set_up(recipe, folder, prepared, reference, accelerator, screen)
@@ -140,13 +142,12 @@ def _optimizer_step(run: Run, plan: Step, rate: float, sums: MetricSums) -> torc
     """The step's gradient from its micro-batches; then clip and move.
 
     Returns:
-        The gradient's norm before clipping, on the device.
+        The norm of the policy's gradient before clipping, on the device.
     """
     accelerator, recipe = run.accelerator, run.recipe
     accumulate_gradients(run, plan, sums)
     limit = recipe.train.max_grad_norm
-    parameters = [parameter for parameter in run.module.parameters() if parameter.requires_grad]
-    norm = torch.as_tensor(accelerator.clip_grad_norm_(parameters, math.inf if limit is None else limit))
+    norm = torch.as_tensor(accelerator.clip_grad_norm_(_clipped(run), math.inf if limit is None else limit))
     run.finite &= torch.isfinite(norm)
     if accelerator.device.type == "cpu":  # elsewhere it would wait for the device: metrics and saves look there
         _require_finite(run)
@@ -155,6 +156,13 @@ def _optimizer_step(run: Run, plan: Step, rate: float, sums: MetricSums) -> torc
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def _clipped(run: Run) -> list[torch.nn.Parameter]:
+    """Return the policy's trained parameters: a value head's gradient must not shrink theirs."""
+    head = run.scorer.value_head
+    apart = set() if head is None else set(map(id, head.parameters()))
+    return [each for each in run.module.parameters() if each.requires_grad and id(each) not in apart]
 
 
 def _log(run: Run, step: int, sums: MetricSums, rate: float, norm: torch.Tensor) -> None:
@@ -177,7 +185,11 @@ def _evaluate(run: Run) -> bool:
     """Measure the policy on held-out data, log it and show it; returns whether it is the best so far."""
     if run.evaluator is None:
         return False
-    run.evaluation, run.samples = measure(run.evaluator, run.scorer, run.reference_samples, run.loss_state)
+    carried = run.loss_state if run.state.step else None  # before the first step nothing has been seen of the data
+    try:
+        run.evaluation, run.samples = measure(run.evaluator, run.scorer, run.reference_samples, carried)
+    except LossError as error:
+        raise not_finite(run, f"{error} (on held-out data)") from error
     if run.tracker is not None:
         run.tracker.log(run.state.step, _flat_numbers(run.evaluation))
     reference = run.prepared.loss.ranking_term.score.reference

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import re
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from published.records import make_lists, make_record
+from rich.console import Console
 from safetensors.torch import load_file
-from world import WORDS, make_recipe, quiet
+from world import WORDS, make_pairs, make_recipe, quiet
 
 import prefopt.train as loop
 from prefopt.checkpoint import latest_state
-from prefopt.errors import DataError, Interrupted
+from prefopt.errors import DataError, Interrupted, ModelError
 from prefopt.evaluate_run import evaluate_run
-from prefopt.step_record import from_all_processes, joined, step_gradients
+from prefopt.preflight import check_recipe
+from prefopt.step_record import from_all_processes, joined, step_gradients, without_effect
 from prefopt.tracking import read_metrics
 from prefopt.train import run_training
-from prefopt_losses import METHODS, get_loss
+from prefopt_losses import METHODS, LogProbs, get_loss
 
 COUPLED = [name for name in METHODS if get_loss(name).needs.batch]
 DEMANDING = [*COUPLED, "wpo", "tdpo1", "tdpo2", "ld_dpo", "sampo", "d2po", "rrhf", "plackett_luce_dpo", "infonca"]
@@ -201,6 +206,65 @@ def test_dro_learns_the_value_that_the_data_do_not_bring(tmp_path):
     assert "value_head.weight" not in load_file(tmp_path / "run" / "model" / "model.safetensors")
 
 
+def scored_pairs(folder, **columns):
+    """Pairs with equal scores everywhere, and the columns given."""
+    return make_pairs(folder / "pairs.jsonl", 40, chosen_score=3.0, rejected_score=1.0, **columns)
+
+
+def test_a_value_head_is_clipped_apart_from_the_policy(tmp_path):
+    """V = 0 is where a value head starts: the policy's first step is the one that values of 0 in the data give."""
+    scored_pairs(tmp_path)
+    changes = {"loss": "dro", "data": {"eval_fraction": 0.0}, "train": {"max_steps": 1, "max_grad_norm": 0.01}}
+    run_training(make_recipe(tmp_path, **changes), quiet())
+    scored_pairs(tmp_path, value=0.0)
+    run_training(make_recipe(tmp_path, **changes, output=str(tmp_path / "given")), quiet())
+    learned, given = (read_metrics(tmp_path / name / "metrics.jsonl")[-1]["grad_norm"] for name in ("run", "given"))
+    assert learned == pytest.approx(given, rel=1e-4)
+    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "given"))
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-6, msg=key)
+
+
+def test_where_values_are_learned_no_other_values_are_read(tmp_path):
+    scored_pairs(tmp_path)
+    held_out = make_pairs(tmp_path / "held.jsonl", 6, seed=3, chosen_score=3.0, rejected_score=1.0, value=50.0)
+    data = {"eval": str(held_out), "eval_fraction": 0.0}
+    run_training(make_recipe(tmp_path, loss="dro", data=data, eval={"samples": 0}), quiet())
+    start = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["eval/loss"]
+    assert start == pytest.approx((3**2 + 1**2) / 2, rel=1e-3)  # V = 0 and policy = reference
+
+
+def test_before_the_first_step_a_loss_has_carried_nothing(tmp_path, monkeypatch):
+    """AlphaDPO divides by a carried deviation, which starts at 0: the first look takes that of the held-out data."""
+    given = []
+    measure = loop.measure
+
+    def noted(evaluator, policy, wrote, carried):
+        given.append(carried)
+        return measure(evaluator, policy, wrote, carried)
+
+    monkeypatch.setattr(loop, "measure", noted)
+    run_training(make_recipe(tmp_path, loss="alpha_dpo", eval={"every": 3, "samples": 0}), quiet())
+    assert given[0] is None
+    assert all(set(carried) == set(get_loss("alpha_dpo").needs.state) for carried in given[1:])
+
+
+def test_a_run_is_evaluated_with_the_numbers_that_its_loss_carried_or_not_at_all(tmp_path):
+    train = {"learning_rate": 1e-2, "max_steps": 6}
+    result = run_training(make_recipe(tmp_path, loss="bco", train=train, eval={"samples": 0}), quiet())
+    assert evaluate_run(tmp_path / "run", quiet())["loss"] == pytest.approx(result["eval"]["loss"], rel=1e-6)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(ModelError, match="bco_mean_logratio"):
+        evaluate_run(tmp_path / "run", quiet())
+
+
+def test_check_counts_lists_where_the_loss_does(tmp_path):
+    make_ranked(tmp_path / "pairs.jsonl")
+    console = Console(record=True, width=200, file=io.StringIO())
+    check_recipe(make_recipe(tmp_path, loss="infonca"), console)
+    assert re.search(r"step +8 lists of \d\d comparisons", console.export_text())
+
+
 def test_tdpo_computes_its_reference_in_every_step(tmp_path):
     make_rows(tmp_path / "pairs.jsonl")
     result = run_training(make_recipe(tmp_path, **settings("tdpo2"), eval={"every": 2, "samples": 0}), quiet())
@@ -219,6 +283,13 @@ def test_the_gradient_of_a_step_in_its_log_probs_is_that_of_the_whole(name):
     leaf = getattr(whole, field).clone().requires_grad_()
     (expected,) = torch.autograd.grad(loss(replace(whole, **{field: leaf})).mean(), leaf)
     torch.testing.assert_close(torch.cat([slope[field] for slope in slopes]), expected)
+
+
+def test_a_spare_micro_batch_reaches_every_parameter_and_moves_none():
+    names = ("chosen_logps", "rejected_logps", "values", "gold_logps", "chosen_sequential_kl")
+    leaves = {name: torch.randn(3, requires_grad=True) for name in names}
+    without_effect(LogProbs(**leaves)).backward()
+    assert all(torch.equal(leaf.grad, torch.zeros(3)) for leaf in leaves.values())
 
 
 def test_alone_a_process_gathers_its_own_records():

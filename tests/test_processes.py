@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from world import make_recipe
+from world import make_pairs, make_recipe
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -71,9 +71,13 @@ def test_two_processes_train_what_one_does(tmp_path):
     assert all(torch.equal(two[name], again[name]) for name in two)
 
 
-@pytest.mark.parametrize("name", ["kto", "aot", "bco"])
+@pytest.mark.parametrize("name", ["kto", "aot", "bco", [{"name": "dro"}, {"name": "kto"}]], ids=str)
 def test_a_loss_over_the_whole_step_is_the_same_in_two_processes(tmp_path, name):
-    """A step of five pairs in micro-batches of one or two: the second process has a spare one."""
+    """A step of five pairs in micro-batches of one or two: the second process has a spare one.
+
+    DRO beside KTO: a value head is trained too, of which the spare one must know.
+    """
+    make_pairs(tmp_path / "pairs.jsonl", chosen_score=2.0, rejected_score=1.0)
     train = {"max_steps": 4, "batch_size": 5, "token_budget": 60}
     recipe = write_recipe(tmp_path, loss=name, train=train, eval={"every": 2, "samples": 0})
     launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")

@@ -14,13 +14,15 @@ from world import make_model, make_pairs, make_recipe, quiet, train
 
 import prefopt.reference.build as build
 import prefopt.reference.cache as cache_room
+from prefopt.batching import make_batch
 from prefopt.errors import CacheError, ModelError
 from prefopt.models import ModelSource
-from prefopt.prepare import prepare
-from prefopt.reference.cache import ReferenceCache, ScoredRows, text_key
+from prefopt.planning import every_comparison
+from prefopt.prepare import prepare, reference_source
+from prefopt.reference.cache import HALF_STEP, KEY_BYTES, ReferenceCache, ScoredRows, text_key
 from prefopt.reference.commands import build_cache, cache_info, verify_cache
 from prefopt.reference.identity import identify
-from prefopt.reference.opening import cached_reference, open_cache
+from prefopt.reference.opening import cached_reference, load_reference, open_cache
 
 
 @pytest.fixture
@@ -55,6 +57,32 @@ def test_what_is_committed_is_found_again_by_content(cache):
     missing, nothing, _ = reopened.lookup(rows(5, seed=9).keys)
     assert not missing.any()
     assert np.isnan(nothing).all()
+
+
+def test_token_log_probs_are_found_by_every_key_also_one_that_ends_in_zero_bytes(cache):
+    """numpy's byte strings drop trailing zero bytes, which one key in 256 has."""
+    keys = [b"k" * (KEY_BYTES - ending) + b"\0" * ending for ending in (0, 1, 2)]
+    logps = [np.full(length, -float(length)) for length in (2, 3, 5)]
+    cache.commit(ScoredRows(keys, np.array([values.sum() for values in logps]), np.array([2, 3, 5]), logps))
+    assert cache.lookup(keys)[0].all()
+    for given, expected in zip(cache.token_logps(keys[::-1]), logps[::-1]):
+        np.testing.assert_array_equal(given, expected)
+
+
+def test_cached_token_log_probs_add_up_to_the_sum_that_was_scored(tmp_path):
+    """Each token's was stored in 16 bits; the whole completion's keeps 32, and no margin is wrong by the difference."""
+    prepared = prepare(make_recipe(tmp_path, loss="ld_dpo"), quiet=True)
+    logps = cached_reference(prepared, quiet()).logps["train"]
+    train_set = prepared.data.train
+    plan = every_comparison(train_set)
+    given = logps(make_batch([train_set[part.group] for part in plan], plan))
+    ends = given.lengths.cumsum(0)
+    for begin, end, total in zip(ends - given.lengths, ends, given.sums):
+        assert float(given.tokens[begin:end].double().sum()) == pytest.approx(float(total), abs=2e-5)
+    online = load_reference(reference_source(prepared.recipe), prepared.recipe, train_set[0])
+    with torch.no_grad():
+        exact = online(make_batch([train_set[part.group] for part in plan], plan)).tokens
+    assert float((given.tokens - exact).abs().max()) <= 2 * HALF_STEP * float(exact.abs().max())
 
 
 def test_prompt_and_completion_are_hashed_apart():

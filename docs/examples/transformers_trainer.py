@@ -3,8 +3,8 @@
     pip install prefopt transformers accelerate
     python transformers_trainer.py
 
-What to copy: `PairTrainer` and `collate`. Any loss of the table goes in its place; one with a reference also needs
-the reference's sums, from a second model or from columns computed beforehand (see trl_trainer.py for both).
+What to copy: `PairTrainer` and `collate`. Any loss of pairs that decomposes goes in its place; one with a reference
+also needs the reference's sums, from a second model or from columns computed beforehand (see trl_trainer.py for both).
 """
 
 import random

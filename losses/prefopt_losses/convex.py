@@ -33,7 +33,6 @@ Some have a parameter; none of these is convex:
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,8 +41,6 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from prefopt_losses.errors import LossError, suggest
 
 Function: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -175,46 +172,3 @@ FUNCTIONS: dict[str, Function] = {
     "cell": cell,
     "padll": padll,
 }
-
-
-def named_function(f: str | Function) -> Function:
-    """Return the function of a name, of `module:function`, or the function itself, tried on three points.
-
-    Raises:
-        LossError: no such name or module, not callable, or not elementwise.
-    """
-    if not isinstance(f, str):
-        return _tried(f, getattr(f, "__name__", type(f).__name__))
-    if ":" in f:
-        return _tried(_imported(f), f)
-    if f not in FUNCTIONS:
-        known = ", ".join(FUNCTIONS)
-        raise LossError(f"f: no function {f!r}.{suggest(f, FUNCTIONS)} Known: {known}, or your own as module:function.")
-    return FUNCTIONS[f]
-
-
-def _imported(path: str) -> Function:
-    module, _, name = path.partition(":")
-    try:
-        found = importlib.import_module(module)
-    except ImportError as error:
-        raise LossError(f"f: {path}: cannot import {module}: {error}. It must lie where Python looks.") from error
-    except Exception as error:
-        raise LossError(f"f: {path}: {module} failed while it was imported: {error!r}.") from error
-    function = getattr(found, name, None)
-    if not callable(function):
-        own = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
-        raise LossError(f"f: {path}: {module} has no function {name!r}.{suggest(name, own)}")
-    return function
-
-
-def _tried(f: Function, name: str) -> Function:
-    x = torch.linspace(-1, 1, 3)
-    try:
-        value = f(x)
-    except Exception as error:
-        raise LossError(f"f: {name} failed on a float tensor of shape (3,): {error}") from error
-    if not isinstance(value, Tensor) or value.shape != x.shape or not value.is_floating_point():
-        given = f"{value.dtype} of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise LossError(f"f: {name} must be elementwise: expected floats of shape (3,) for (3,), given {given}.")
-    return f

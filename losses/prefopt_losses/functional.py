@@ -48,7 +48,12 @@ def loss_function(name: str) -> Callable[..., Tensor]:
     def function(*args: Tensor | None, **kwargs: object) -> Tensor:
         given = {key: value for key, value in kwargs.items() if key in field_names}
         hyperparameters = {key: value for key, value in kwargs.items() if key not in field_names}
-        return get_loss(name, **hyperparameters)(record(**field_signature.bind(*args, **given).arguments))
+        try:
+            bound = field_signature.bind(*args, **given)
+        except TypeError as error:
+            tensors = ", ".join(field_signature.parameters)
+            raise TypeError(f"{name}_loss: {error}. Tensors come first ({tensors}), the rest by keyword.") from None
+        return get_loss(name, **hyperparameters)(record(**bound.arguments))
 
     function.__name__ = function.__qualname__ = f"{name}_loss"
     function.__doc__ = _docstring(name, parameters)

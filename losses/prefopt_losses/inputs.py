@@ -149,10 +149,24 @@ class ListLogProbs:
         """Number of lists."""
         return int(self.lists.max()) + 1 if self.count is None else self.count
 
+    def check_numbers(self) -> None:
+        """Raise LossError unless the numbers of the lists are below their count, or, without one, have no gaps."""
+        given = self.lists.unique().tolist()
+        if not given:
+            return
+        if self.count is None and given != list(range(len(given))):
+            raise LossError(f"lists: expected numbers from 0 without gaps, given {_few(given)}. Renumber them.")
+        if given[0] < 0 or given[-1] >= self.size:
+            raise LossError(f"lists: expected numbers from 0 to {self.size - 1} (count - 1), given {_few(given)}.")
+
 
 def _tensors_of(record: object) -> dict[str, object]:
     named = {field.name: getattr(record, field.name) for field in fields(record)}  # type: ignore[arg-type]
     return {name: value for name, value in named.items() if value is not None}
+
+
+def _few(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
 
 
 def _check_tokens_per_example(step_tokens: float | Tensor | None) -> None:

@@ -18,6 +18,12 @@ from prefopt_losses.loss import Loss
 from prefopt_losses.methods import METHODS, OTHER_NAMES
 from prefopt_losses.written import loss_of_terms
 
+FOREIGN = {
+    "loss_type": "it is the name of the loss here: {name: ...}.",
+    "reference_free": "losses without a reference are methods of their own here: cpo, simpo, orpo, ...",
+}
+"""What other tools write into every loss, and what to write here."""
+
 LossConfig: TypeAlias = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 
 
@@ -32,7 +38,8 @@ def get_loss(name: str, **hyperparameters: Any) -> Loss:
         LossError: unknown name or hyper-parameter, wrong type or range; all problems at once.
     """
     if not isinstance(name, str):
-        raise LossError(f"loss: expected the name of a loss, given {name!r}. Known: {', '.join(METHODS)}.")
+        hint = " A mapping or a list of a recipe is for loss_from_config." if isinstance(name, (Mapping, list)) else ""
+        raise LossError(f"loss: expected the name of a loss, given {name!r}.{hint}")
     if "+" not in name and "*" not in name:
         return _method(name, hyperparameters, where=name)
     if hyperparameters:
@@ -78,9 +85,9 @@ def _method(name: str, given: Mapping[str, Any], where: str, also: tuple[str, ..
     if f"gpo_{name}" in METHODS:  # GPO's functions under their plain names
         name = f"gpo_{name}"
     if name not in METHODS:
-        raise LossError(f"{where}: no loss {name!r}.{_instead(name)} Known: {', '.join(METHODS)}.")
+        raise LossError(f"{where}: no loss {name!r}.{_instead(name) or _all_names()}")
     method = METHODS[name]
-    hyperparameters, problems = check(method.make, given, where, method.foreign, also)
+    hyperparameters, problems = check(method.make, given, where, {**FOREIGN, **method.foreign}, also)
     if problems:
         raise LossError(problems)
     try:
@@ -129,7 +136,13 @@ def _weighted_name(text: str) -> dict[str, Any]:
         raise LossError(f"{text.strip()}: expected weight * name, as in 0.5*sft.") from None
 
 
+def _all_names() -> str:
+    return f" Known: {', '.join(METHODS)}."
+
+
 def _instead(name: str) -> str:
+    if "+" in name or "*" in name:
+        return " Write a sum as a list, [{name: dpo, beta: 0.2}, {name: sft, weight: 0.5}]."
     if name in OTHER_NAMES:
         return f' It is called "{OTHER_NAMES[name]}" here.'
     return suggest(name, METHODS)

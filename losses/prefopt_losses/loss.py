@@ -29,7 +29,7 @@ from prefopt_losses.tensors import PAIR_TENSORS, require
 from prefopt_losses.terms import PAIR, FromRecord, Running, Term
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Loss:
     """A preference loss: of one published method, or a weighted sum of several."""
 
@@ -50,6 +50,15 @@ class Loss:
         names = [number.name for number in self.running]
         if len(names) != len(set(names)):
             raise LossError(f"{self.name}: two parts carry a running {names[0]}; use the method once.")
+
+    def __repr__(self) -> str:
+        """Return the call, or the sum, that makes this loss."""
+        if self.parts:
+            return " + ".join(f"{weight:g} * {part!r}" if weight != 1 else repr(part) for weight, part in self.parts)
+        return (
+            ", ".join([f'Loss("{self.name}"', *(f"{key}={value!r}" for key, value in self.hyperparameters.items())])
+            + ")"
+        )
 
     def __call__(self, record: LogProbs | ListLogProbs, *, check: bool = True) -> Tensor:
         """Return one value per example, shape (batch,), unreduced and differentiable; of lists (lists,).
@@ -75,6 +84,11 @@ class Loss:
                 "Use a loss of single completions (kto, bco, nca_pair, sppo_hard, apo_zero, sft), or pairs."
             )
         both = record.both_sides()
+        if "preference_probability" in self.needs.tensors:
+            raise LossError(
+                f"{self.name}: reads preference_probability, which unpaired feedback does not have. "
+                "Use a loss of hard labels (sppo_hard, kto)."
+            )
         self._require(both, check=check)
         both = self._with_state(both)
         return torch.where(record.desirable, self._side(0, both), self._side(1, both))
@@ -182,11 +196,14 @@ class Loss:
             wish = "ListLogProbs (all completions of each prompt)" if needs.lists else "LogProbs (pairs)"
             raise LossError(f"{self.name}: expected {wish}, given {type(record).__name__}.")
         require(record, needs.tensors, self.name, check=check)
+        if isinstance(record, ListLogProbs) and check and not torch.compiler.is_compiling():
+            record.check_numbers()
         size = next((len(getattr(record, name)) for name in needs.tensors), needs.minimum_batch)
         if size < needs.minimum_batch:
+            reason = f", for {', '.join(needs.batch)} is taken over the batch" if needs.minimum_batch > 1 else ""
             raise LossError(
-                f"{self.name}: expected at least {needs.minimum_batch} examples, for {', '.join(needs.batch)} "
-                f"is taken over the batch, given {size}. Use a larger batch."
+                f"{self.name}: expected at least {needs.minimum_batch} example{'s' if reason else ''}{reason}, "
+                f"given {size}. {'Use a larger batch' if reason else 'Leave empty batches out'}."
             )
 
     def _with_state(self, record: LogProbs) -> LogProbs:

@@ -12,9 +12,9 @@ OpenRLHF, earlier torchtune and TRL before 0.29 call a loss so; whoever does can
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +137,15 @@ class PreferenceLoss(nn.Module):
                 for name, value in state.items():
                     self.get_buffer(f"running_{name}").copy_(value)
         return replace(record, state=state)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """Move the running numbers with the model, but keep their dtype: in 16 bits a count stands still at 2048."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            if self.get_buffer(name).dtype != value.dtype:
+                setattr(self, name, value.to(self.get_buffer(name).device))
+        return self
 
     def _next_draw(self) -> int:
         """Number the draws of a loss that samples tokens; every call of training is a new one."""

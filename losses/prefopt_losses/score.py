@@ -169,6 +169,12 @@ class Score:
         return self.aggregate.name if isinstance(self.aggregate, TokenWeights) else self.aggregate
 
 
+LOG_RATIO = Score(aggregate="sum", reference=True)
+MEAN_LOG_RATIO = Score(aggregate="mean", reference=True)
+LIKELIHOOD = Score(aggregate="sum", reference=False)
+MEAN_LIKELIHOOD = Score(aggregate="mean", reference=False)
+
+
 def _given(tensor: Tensor | None, name: str) -> Tensor:
     if tensor is None:
         raise LossError(f"{name}: this score needs it and it is missing.")
@@ -176,5 +182,5 @@ def _given(tensor: Tensor | None, name: str) -> Tensor:
 
 
 def widened(logps: Tensor) -> Tensor:
-    """Return 16-bit log-probs as fp32, wider ones as they are."""
-    return logps.float() if logps.dtype in (torch.float16, torch.bfloat16) else logps
+    """Return 16-bit log-probs, and scores that are whole numbers, as fp32; wider ones as they are."""
+    return logps if logps.dtype in (torch.float32, torch.float64) else logps.float()

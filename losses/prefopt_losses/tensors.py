@@ -7,6 +7,7 @@ device synchronisation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -151,8 +152,8 @@ def _missing(name: str, reader: str, known: Tensor | None) -> str:
 def _sound(name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> Tensor:
     """Return (batch,) bool: which rows can be used."""
     if name.endswith("lengths"):
-        tokens = others.get(name.replace("lengths", "token_logps"))
-        return tensor >= 1 if tokens is None else (tensor >= 1) & (tensor <= tokens.shape[1])
+        tokens, counted = others.get(name.replace("lengths", "token_logps")), (tensor >= 1) & tensor.isfinite()
+        return counted if tokens is None else counted & (tensor <= tokens.shape[1])
     if name == "preference_probability":
         return (tensor >= 0) & (tensor <= 1)
     sound = tensor.isfinite()
@@ -177,8 +178,9 @@ def _worst(row: Tensor) -> float:
 
 def _wish(name: str, values: list[float]) -> str:
     if name.endswith("lengths"):
-        few = "expected at least one scored token; drop examples whose completion was truncated away"
-        return few if min(values) < 1 else "expected at most as many tokens as the token log-probs have columns"
+        if all(1 <= value < math.inf for value in values):
+            return "expected at most as many tokens as the token log-probs have columns"
+        return "expected at least one scored token; drop examples whose completion was truncated away"
     if name == "preference_probability":
         return "expected probabilities between 0 and 1"
     if "logps" in name and all(0 < value < float("inf") for value in values):

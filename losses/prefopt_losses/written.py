@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from prefopt_losses.convex import Function, named_function
+from prefopt_losses.convex import Function
 from prefopt_losses.errors import LossError, suggest
 from prefopt_losses.hyperparameters import NonNegative, Positive, Real, check
 from prefopt_losses.loss import Loss
 from prefopt_losses.methods import METHODS
 from prefopt_losses.methods.pairwise import PREFERENCE_PROBABILITY
 from prefopt_losses.methods.reference_free import TOKEN_SHARE
+from prefopt_losses.own_function import named_function
 from prefopt_losses.score import LINKS, Score
 from prefopt_losses.terms import CHOSEN, NEGATED_CHOSEN, PAIR, REJECTED, Contrast, Term
 
@@ -98,16 +99,21 @@ def loss_of_terms(config: Mapping[str, Any], where: str) -> Loss:
             continue
         arguments, wrong = check(term, {str(key): value for key, value in given.items()}, place, {})
         problems += wrong
-        if wrong:
-            continue
+        right = {
+            key: value for key, value in arguments.items() if not any(_is_about(each, place, key) for each in wrong)
+        }
         try:
-            terms.append(term(**arguments))
+            terms.append(term(**right))
             written.append(arguments)
         except LossError as error:
             problems += [f"{place}.{problem}" for problem in error.problems]
     if problems:
         raise LossError(problems)
     return Loss(str(config.get("name", NAME)), tuple(terms), {"terms": written})
+
+
+def _is_about(problem: str, place: str, key: str) -> bool:
+    return problem.startswith(f"{place}.{key}: ")
 
 
 def _around(config: Mapping[str, Any], where: str) -> list[str]:

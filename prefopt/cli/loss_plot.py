@@ -119,7 +119,7 @@ def _jumps(y: Tensor) -> Tensor:
 
 def _probability(curve: Curve, x: Tensor) -> Tensor:
     p = win_probability(curve, x)
-    p[(p < -0.5) | (p > 1.5)] = torch.nan
+    p[(p < 0) | (p > 1)] = torch.nan  # no strength of preference has its optimum there
     p[1:][_jumps(p)] = torch.nan
     return p
 

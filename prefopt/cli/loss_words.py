@@ -11,7 +11,8 @@ from prefopt.errors import Problem, UserError
 from prefopt.recipe.loss import loss_problem
 from prefopt.recipe.text import parse_yaml
 from prefopt_losses import FUNCTIONS, METHODS, Loss, LossError, get_loss
-from prefopt_losses.convex import Function, named_function
+from prefopt_losses.convex import Function
+from prefopt_losses.own_function import named_function
 from prefopt_losses.profiles.profile import Profile, profile, profile_terms
 
 HYPERPARAMETER = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)

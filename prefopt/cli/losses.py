@@ -122,21 +122,19 @@ def _reader_may_leave() -> Iterator[None]:
 
 
 def show_losses() -> None:
-    """Print every method with its formula and its source."""
+    """Print every method with its formula and, where there is room, its source."""
     out = console()
-    names, formulas, papers = (
-        max(map(len, column))
-        for column in zip(*((name, method.formula, method.paper) for name, method in METHODS.items()))
-    )
+    names = max(map(len, METHODS))
+    papers = out.width >= 110
     for family, title in FAMILIES.items():
         out.print(Text(f"\n{title}", style="bold"))
         table = Table.grid(padding=(0, 3, 0, 0), pad_edge=False)
         table.add_column(width=names)
-        table.add_column(style="cyan", width=max(24, min(formulas, out.width - names - papers - 6)))
-        table.add_column()
+        table.add_column(style="cyan")
+        table.add_column(no_wrap=True)
         for name, method in METHODS.items():
             if method.family == family:
-                table.add_row(name, Text(method.formula), Text(method.paper))
+                table.add_row(name, Text(method.formula), Text(method.paper if papers else ""))
         out.print(table)
     out.print(Text(f"\n{NOTATION}", style="dim"))
     print_hints(

@@ -57,6 +57,11 @@ def load_data(settings: DataSettings, tokenizer: Any, *, seed: int, quiet: bool 
     known = token_rows([each.table for each in train])
     rows = _weighted(train, known, seed)
     _refuse_empty("data.train", train, rows, settings)
+    # Before anything is held out: texts that are all unknown tokens look like one prompt.
+    used = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, None)  # GPT-2's is its EOS
+    everything = _dataset(train, known, rows, paired, by_prompt=False)
+    unknown = 0.0 if tokenizer.unk_token_id in used else everything.share_of(tokenizer.unk_token_id)
+    _refuse_unknown_text(unknown, tokenizer)
     if held:
         held_known = token_rows([each.table for each in held])
         held_rows = _weighted(held, held_known, seed)
@@ -69,9 +74,6 @@ def load_data(settings: DataSettings, tokenizer: Any, *, seed: int, quiet: bool 
     else:
         eval_set = None
     train_set = _dataset(train, known, rows, paired, by_prompt=settings.group_by_prompt)
-    used = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, None)  # GPT-2's is its EOS
-    unknown = 0.0 if tokenizer.unk_token_id in used else train_set.share_of(tokenizer.unk_token_id)
-    _refuse_unknown_text(unknown, tokenizer)
     report = DataReport(
         sources=tuple(source_report(each) for each in train + held),
         train=SetReport.of(train_set),

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 
 from prefopt.data.group_layout import GroupLayout
 from prefopt.data.groups import GroupDataset
 from prefopt.errors import DataError, Problem
+
+
+def only_prompt(dataset: GroupDataset, where: str) -> Iterator[Problem]:
+    """Yield the problem of data that have no other prompt to lend a completion."""
+    if len(np.unique(dataset.layout.prompt_hashes)) < 2:
+        yield Problem(
+            where,
+            "at least 2 different prompts: the loss reads completions of other prompts",
+            f"{min(len(dataset), 1)} in {len(dataset):,} groups",
+            "add rows with other prompts, or take a loss that reads none",
+        )
 
 
 def mismatched(dataset: GroupDataset, *, max_length: int) -> GroupDataset:
@@ -33,15 +45,8 @@ def mismatched(dataset: GroupDataset, *, max_length: int) -> GroupDataset:
         DataError: fewer than two different prompts.
     """
     layout = dataset.layout
-    if len(np.unique(layout.prompt_hashes)) < 2:
-        raise DataError(
-            Problem(
-                "data.train",
-                "at least 2 different prompts: the loss reads completions of other prompts",
-                f"{min(len(dataset), 1)} in {len(dataset):,} groups",
-                "add rows with other prompts, or take a loss that reads none",
-            )
-        )
+    if problems := list(only_prompt(dataset, "data")):
+        raise DataError(problems)
     taken = _representatives(layout)
     completion = taken[_partners(layout, taken)]
     groups = len(dataset)

@@ -52,7 +52,10 @@ def written_loss(terms: Sequence[Mapping[str, Any]]) -> dict[str, Any] | list[di
 
 
 EXPECTED_GIVEN = re.compile(r"expected (.+), given (.+?)\.?", re.DOTALL)
-NO_SUCH = re.compile(r"no (?:loss .+?|such hyper-parameter)\. ?(.*?) ?(?:Known|Accepted): (.+?)\.?", re.DOTALL)
+NO_SUCH = re.compile(r"no such hyper-parameter\. ?(.*?) ?Accepted: (.+?)\.?", re.DOTALL)
+NO_LOSS = re.compile(r"no loss .+?\. ?(.+)", re.DOTALL)
+NO_FUNCTION = re.compile(r"no function .+?\. ?(.*?) ?Known: (.+?)\.?", re.DOTALL)
+FUNCTION = "an elementwise, differentiable function: float tensor in, float tensor of the same shape out"
 
 
 def loss_problem(text: str, value: Any) -> Problem:
@@ -68,6 +71,16 @@ def loss_problem(text: str, value: Any) -> Problem:
     if match := NO_SUCH.fullmatch(said):
         fix = match[1][:1].lower() + match[1][1:]
         return Problem(where, f"{kind}: {match[2]}", given, fix or "`prefopt losses` explains them")
+    if match := NO_LOSS.fullmatch(said):
+        fix = "" if match[1].startswith("Known") else match[1][:1].lower() + match[1][1:]
+        return Problem(where, "the name of a loss; `prefopt losses` lists them", given, fix)
+    if match := NO_FUNCTION.fullmatch(said):
+        fix = match[1][:1].lower() + match[1][1:]
+        return Problem(where, f"the name of a function: {match[2]}", given, fix)
+    if path and path[-1] == "f":
+        return Problem(
+            where, FUNCTION, f"{given}: {said.removeprefix('f: ').removeprefix(given).removeprefix(': ').strip()}"
+        )
     return Problem(where, kind, given, said)
 
 

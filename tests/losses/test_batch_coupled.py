@@ -11,7 +11,8 @@ import torch
 from published.batchwise import alpha_dpo, beta_dpo
 from published.records import examples, make_record, with_gradients
 
-from prefopt_losses import METHODS, LogProbs, LossError, UnpairedLogProbs, get_loss
+from prefopt_losses import METHODS, FromRecord, LogProbs, Loss, LossError, Score, Term, UnpairedLogProbs, get_loss
+from prefopt_losses.terms import Running
 
 COUPLED = {
     "kto": ("mismatched_kl",),
@@ -358,3 +359,22 @@ def test_the_scores_of_an_ensemble_are_averaged():
 def test_sppo_of_sure_wins_is_sppo_hard():
     record = replace(make_record(), preference_probability=torch.ones(7, dtype=torch.float64))
     torch.testing.assert_close(get_loss("sppo")(record), get_loss("sppo_hard")(record))
+
+
+def test_every_carried_number_moves_from_what_stood_before_the_step():
+    """Whatever the order in which a loss names its numbers, none sees another's new value."""
+    first = Running("first", 1.0, (), lambda so_far, record: so_far + 10)
+    second = Running("second", 0.0, (), lambda so_far, record: so_far + record.state["first"])
+    weight = FromRecord("both", (), lambda record: record.state["second"], running=(first, second))
+    loss = Loss("mine", (Term(torch.nn.functional.softplus, Score(), weight=weight),))
+    assert loss.advance(make_record(), loss.initial_state()) == {"first": 11, "second": 1}
+
+
+@every_carrying
+def test_no_gradient_flows_into_the_carried_numbers(name):
+    loss = get_loss(name)
+    state = {key: (value + 1).requires_grad_() for key, value in loss.initial_state().items()}
+    policy, record = with_gradients(make_record())
+    loss(replace(record, state=state)).sum().backward()
+    assert policy[0].grad is not None
+    assert all(value.grad is None for value in state.values())

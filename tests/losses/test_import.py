@@ -81,7 +81,7 @@ def test_every_loss_works_where_only_torch_is_installed():
 # A room may import the rooms before it.
 ORDER = [
     *("errors", "convex", "tensors", "inputs", "score", "terms", "list_terms", "needs", "conventions", "loss"),
-    *("hyperparameters", "method"),
+    *("hyperparameters", "method", "own_function"),
     *(f"methods.{family}" for family in ("running", "pairwise", "score_gaps", "divergences", "margins")),
     *(f"methods.{family}" for family in ("reference_free", "pointwise", "batchwise", "tokenwise", "listwise")),
     *("methods.mixtures", "methods", "written", "lookup", "functional"),

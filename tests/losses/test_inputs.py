@@ -105,3 +105,28 @@ def test_labels_of_plus_and_minus_one_are_not_taken_for_bools():
 def test_a_reference_on_another_device_is_named_before_it_is_subtracted():
     with pytest.raises(LossError, match=r"ref_chosen_logps: expected 3 rows on cpu.*on meta"):
         pair(ref_chosen_logps=torch.zeros(B, device="meta"))
+
+
+def test_lengths_that_are_no_numbers_are_refused_as_lengths():
+    lengths = torch.tensor([float("nan"), 8.0, float("inf")])
+    with pytest.raises(LossError, match=r"chosen_lengths: expected at least one scored token.*0 \(nan\), 2 \(inf\)"):
+        simpo_loss(LOGPS, LOGPS - 1, lengths, LENGTHS)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.float16])
+def test_lengths_of_any_dtype_count_alike(dtype):
+    reference = LOGPS.clone()
+    for name in ("r_dpo", "simpo", "sft"):
+        long = pair(ref_chosen_logps=reference, chosen_lengths=LENGTHS, rejected_lengths=LENGTHS + 3)
+        other = pair(
+            ref_chosen_logps=reference, chosen_lengths=LENGTHS.to(dtype), rejected_lengths=(LENGTHS + 3).to(dtype)
+        )
+        assert torch.equal(get_loss(name)(other), get_loss(name)(long))
+
+
+def test_an_empty_batch_is_refused():
+    empty = LOGPS[:0]
+    with pytest.raises(LossError, match=r"^dpo: expected at least 1 example, given 0\. Leave empty batches out\.$"):
+        dpo_loss(empty, empty, empty, empty)
+    with pytest.raises(LossError, match="at least 2 examples, for sorted margins is taken over the batch, given 1"):
+        get_loss("aot")(LogProbs(*[LOGPS[:1]] * 4))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from published.records import make_lists, make_record
 
-from prefopt_losses import METHODS, ListLogProbs, get_loss
+from prefopt_losses import METHODS, ListLogProbs, LossError, get_loss
 
 LISTWISE = [name for name, method in METHODS.items() if method.family == "listwise"]
 every_list_method = pytest.mark.parametrize("name", LISTWISE)
@@ -73,6 +73,22 @@ def test_a_list_does_not_depend_on_the_others_of_its_batch(name):
 def test_given_the_number_of_lists_one_without_completions_is_worth_nothing(name):
     record, loss = make_lists(sizes=(2, 4)), get_loss(name)
     assert torch.equal(loss(replace(record, count=3)), torch.cat([loss(record), torch.zeros(1).double()]))
+
+
+@pytest.mark.parametrize(
+    ("lists", "count", "said"),
+    [
+        ([0, 0, 2, 2], None, "from 0 without gaps, given 0, 2. Renumber them"),
+        ([1, 1, 2, 2], None, "without gaps, given 1, 2"),
+        ([-1, -1, 0, 0], None, "without gaps, given -1, 0"),
+        ([0, 0, 1, 1], 1, r"from 0 to 0 \(count - 1\), given 0, 1"),
+        ([-1, -1, 1, 1], 2, "given -1, 1"),
+    ],
+)
+def test_numbers_of_lists_that_cannot_be_right_are_refused(lists, count, said):
+    record = ListLogProbs(-torch.ones(4), torch.tensor(lists), torch.arange(4.0), -torch.ones(4), count=count)
+    with pytest.raises(LossError, match=f"lists: expected numbers.*{said}"):
+        get_loss("infonca")(record)
 
 
 @pytest.mark.parametrize("name", ["plackett_luce_dpo", "rrhf"])

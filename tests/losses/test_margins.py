@@ -7,7 +7,7 @@ import torch
 from published.margins import bernoulli_kl
 from published.records import make_record, with_gradients
 
-from prefopt_losses import LogProbs, LossError, get_loss
+from prefopt_losses import METHODS, LogProbs, LossError, get_loss
 
 RECORD = make_record()
 ENSEMBLE = replace(
@@ -148,3 +148,25 @@ def test_sixteen_bit_scores_are_widened_before_they_are_subtracted():
     zero = torch.zeros(1)
     record = LogProbs(zero, zero, zero, zero, chosen_scores=scores[0], rejected_scores=scores[1])
     assert get_loss("reward_distillation")(record).item() == 509.0**2  # bf16 has no 509
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+@pytest.mark.parametrize("name", [name for name in METHODS if get_loss(name).needs.scores])
+def test_scores_may_be_whole_numbers(name, dtype):
+    loss = get_loss(name)
+    record = replace(
+        make_record(torch.float32, batch=3),
+        chosen_scores=torch.tensor([[5.0, 4.0], [3.0, 2.0], [2.0, 5.0]]),
+        rejected_scores=torch.tensor([[1.0, 2.0], [2.0, 2.0], [3.0, 1.0]]),
+        values=torch.tensor([3.0, 4.0, 1.0]),
+    )
+    whole = {name: getattr(record, name).to(dtype) for name in ("chosen_scores", "rejected_scores", "values")}
+    assert torch.equal(loss(replace(record, **whole)), loss(record))
+
+
+@pytest.mark.parametrize(("name", "field"), [("odpo", "chosen_scores"), ("d2po", "rejected_token_logps")])
+def test_one_broken_number_of_a_row_is_enough_to_refuse_it(name, field):
+    broken = getattr(ENSEMBLE, field).clone()
+    broken[4, 1] = torch.nan
+    with pytest.raises(LossError, match=rf"{field}: expected finite.*by row: 4 \(nan\)"):
+        get_loss(name)(replace(ENSEMBLE, **{field: broken}))

@@ -297,8 +297,16 @@ def test_a_callable_is_a_gpo_function_like_any_other():
 @pytest.mark.parametrize(
     ("name", "hyperparameters", "message"),
     [
-        ("dpoo", {}, r"no loss 'dpoo'. Did you mean \"dpo\"\? Known: dpo, cdpo"),
+        ("dpoo", {}, r"no loss 'dpoo'. Did you mean \"dpo\"\?"),
         ("sigmoid", {}, r'It is called "dpo" here'),
+        ("nothing_of_the_kind", {}, "Known: dpo, cdpo"),
+        ("dpo", {"loss_type": "ipo"}, "it is the name of the loss here"),
+        ("gpo", {"f": lambda x: x.sum() - x}, "whose value at a point depends on the other points"),
+        ("gpo", {"f": lambda x: x.detach().exp()}, "no gradient flows through"),
+        ("gpo", {"f": lambda x: torch.sqrt(x)}, "finite value and slope at x = 0"),
+        ("gpo", {"f": lambda x: torch.exp(-x).half()}, "expected fp32 for fp32 or wider"),
+        ("gpo", {"f": lambda x: x.mul_(-1).exp()}, "leaves its argument alone"),
+        ({"name": "dpo", "beta": 0.2}, {}, "is for loss_from_config"),
         (
             "dpo",
             {"betta": 0.1},
@@ -319,8 +327,8 @@ def test_a_callable_is_a_gpo_function_like_any_other():
         ("simpo", {"simpo_gamma": 0.5}, "simpo_gamma 0.5 at beta 2.0 is gamma_beta_ratio 0.25"),
         ("orpo", {"beta": 0.1}, "TRL's beta is the paper's lambda"),
         ("gpo", {"f": "logistik"}, r"gpo.f: no function 'logistik'. Did you mean \"logistic\""),
-        ("gpo", {"f": torch.sum}, "must be elementwise"),
-        ("gpo", {"f": lambda x: x.nothing}, "failed on a float tensor"),
+        ("gpo", {"f": torch.sum}, r"gpo.f: sum: expected an elementwise function"),
+        ("gpo", {"f": lambda x: x.nothing}, "failed on a float64 tensor"),
         ("gpo", {"f": 3}, "the name of a function or a callable"),
         ("dpo+sft", {"beta": 0.2}, "Add losses instead"),
         ("dpo+2x*sft", {}, "expected weight \\* name"),

@@ -251,6 +251,17 @@ def test_running_numbers_are_saved_and_loaded_and_survive_backward():
     assert not list(module.parameters())
 
 
+@pytest.mark.parametrize("narrow", [torch.nn.Module.half, torch.nn.Module.bfloat16, torch.nn.Module.float])
+def test_running_numbers_keep_their_digits_when_the_model_around_them_is_narrowed(narrow):
+    module = PreferenceLoss("bco")
+    model = torch.nn.ModuleList([torch.nn.Linear(2, 2), module])
+    module.running_bco_count.fill_(2**24 + 1)
+    narrow(model)
+    assert module.running_bco_count.dtype == torch.float64
+    module(*tensors())
+    assert module.running_bco_count == 2**24 + 1 + 2 * len(tensors()[0])
+
+
 def test_losses_without_running_numbers_save_nothing():
     assert not PreferenceLoss("dpo").state_dict()
 

@@ -175,6 +175,7 @@ def test_what_is_not_convex_is_refuted_where_it_bends(f, where):
         lambda x: (1 - x).clamp(min=0) ** 3,
         lambda x: torch.maximum(-x, 2 - 4 * x),
         lambda x: 1e8 + F.softplus(-x),  # noise of the values is larger than most chords
+        lambda x: F.softplus(-3 * x) / 3,  # torch's is a line from 20 on, with a step of 2e-9
     ],
 )
 def test_rounding_never_refutes_what_is_convex(f):
@@ -245,6 +246,57 @@ def test_a_function_that_ends_somewhere_is_looked_at_where_it_exists():
     assert seen.domain == pytest.approx((-2, 20), abs=0.006)
     assert seen.convexity.status == "not refuted"
     assert seen.overflow[0].below == pytest.approx(-2, abs=0.1)
+
+
+def test_where_a_function_has_ended_nothing_is_said_of_its_slope():
+    seen = profile(lambda x: -torch.log(x + 2))  # whose slope is finite at x = -4
+    assert dict(seen.weights)[-4.0] is None
+    assert dict(seen.win_probability)[4.0] is None
+    assert "f does not reach x = -4: it ends at x = -2" in str(seen)
+
+
+def test_the_widest_places_where_it_bends_are_named():
+    # Where 1 - tanh^2 runs out of digits there are many spurious ones.
+    assert profile(lambda x: -torch.tanh(x)).convexity.reason.endswith(" and 0.000")
+
+
+@pytest.mark.parametrize(
+    ("f", "left", "right"),
+    [
+        (get_loss("chi_po").terms[0].f, "is zero", "is zero"),  # clipped at 10, where autograd still has a slope
+        (lambda x: -torch.tanh(x), "fades", "fades"),
+        (lambda x: F.softplus(-x) + 0.1 * torch.sin(3 * x), "levels off", "turns round"),  # ripples are no trend
+    ],
+)
+def test_a_tail_is_more_than_three_points(f, left, right):
+    seen = profile(f)
+    assert (seen.left.kind, seen.right.kind) == (left, right)
+
+
+@pytest.mark.parametrize(
+    ("f", "said"),
+    [
+        (lambda x: x**4, "asks for x = 0 and does not rank"),
+        (lambda x: F.relu(-x - 1), "f is flat here"),
+        (lambda x: 1 / (1 + x.square()), "this is a maximum"),
+        (lambda x: -(x**3), "f only pauses here"),
+    ],
+)
+def test_a_start_that_goes_nowhere_says_what_lies_around_it(f, said):
+    assert said in verdicts(profile(f))["start"]
+
+
+@pytest.mark.parametrize(
+    ("f", "value", "at"),
+    [
+        (lambda x: F.relu(-x - 1), 0, 0),  # reached all along
+        (lambda x: 0 * x + 1, 1, 0),
+        (lambda x: F.softplus(-x) + (x >= 1).double(), math.log1p(math.exp(-1)), 1),  # before a jump, off the grid
+    ],
+)
+def test_a_bound_is_the_least_value_wherever_it_lies(f, value, at):
+    bound = profile(f).lower_bound
+    assert (bound.value, bound.at) == pytest.approx((value, at), abs=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -417,7 +469,13 @@ def test_a_match_does_not_depend_on_the_beta_that_the_loss_has_and_goes_both_way
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("simpo", "no reference"), ("sft", "no reference"), ("nca_pair", "one by one"), ("dpo+sft", "a sum of methods")],
+    [
+        ("simpo", "no reference"),
+        ("sft", "no reference"),
+        ("nca_pair", "one by one"),
+        ("dpo_shift", "unevenly"),
+        ("dpo+sft", "a sum of methods"),
+    ],
 )
 def test_what_has_no_match_says_why(name, reason):
     match = match_beta(get_loss(name), get_loss("dpo"))

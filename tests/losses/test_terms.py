@@ -202,6 +202,11 @@ def test_losses_that_contrast_two_completions_refuse_unpaired_feedback(name, rec
         get_loss(name).unpaired(UnpairedLogProbs(record.chosen_logps, record.chosen_logps > -30))
 
 
+def test_unpaired_feedback_has_no_soft_labels(record):
+    with pytest.raises(LossError, match=r"sppo: reads preference_probability.*sppo_hard"):
+        get_loss("sppo").unpaired(UnpairedLogProbs(record.chosen_logps, record.chosen_logps > -30, record.chosen_logps))
+
+
 def test_a_loss_of_ones_own_has_the_same_contract(record):
     loss = Loss("mine", (Term(torch.nn.functional.softplus, Score(), PAIR, beta=-0.2),))
     torch.testing.assert_close(loss(record), get_loss("dpo", beta=0.2)(record))

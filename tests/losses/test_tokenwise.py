@@ -1,5 +1,7 @@
 """Token-level losses: which tokens count, by how much, and where the gradient stops."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from published.records import at_reference, examples, make_record, split, with_gradients
@@ -138,3 +140,18 @@ def test_the_gradient_of_tdpo2_is_the_finite_difference_with_the_chosen_kl_held(
         return loss(LogProbs(**vars(record) | dict(zip(names, tensors))), check=False)
 
     assert torch.autograd.gradcheck(function, [getattr(record, name).clone().requires_grad_() for name in names])
+
+
+@pytest.mark.parametrize("name", ["ld_dpo", "sampo", "d2po"])
+def test_what_stands_beyond_a_completions_length_is_never_read(name):
+    record, loss = make_record(), get_loss(name)
+    filled = {}
+    for side in ("chosen", "rejected"):
+        tokens, lengths = getattr(record, f"{side}_token_logps"), getattr(record, f"{side}_lengths")
+        beyond = torch.arange(tokens.shape[1]) >= lengths[:, None]
+        assert beyond.any()
+        filled[f"{side}_token_logps"] = tokens.masked_fill(beyond, -7.0).requires_grad_()
+    value = loss(replace(record, **filled))
+    torch.testing.assert_close(value, loss(record), rtol=1e-12, atol=0)
+    (slope,) = torch.autograd.grad(value.sum(), filled["chosen_token_logps"])
+    assert not slope[torch.arange(slope.shape[1]) >= record.chosen_lengths[:, None]].any()

@@ -52,9 +52,10 @@ def module(tmp_path, monkeypatch):
         "def total(x):\n    return x.sum()\n"
     )
     (tmp_path / "my_broken.py").write_text("1 / 0\n")
+    (tmp_path / "my_asking.py").write_text("import nowhere_at_all\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     yield
-    for name in ("my_functions", "my_broken"):
+    for name in ("my_functions", "my_broken", "my_asking"):
         sys.modules.pop(name, None)
 
 
@@ -74,10 +75,11 @@ def test_a_function_of_ones_own_is_named_by_module_and_function():
     ("f", "message"),
     [
         ("my_functions:steap", "has no function 'steap'. Did you mean \"steep\""),
-        ("my_functions:number", "has no function 'number'"),
-        ("my_functions:total", "must be elementwise"),
+        ("my_functions:number", "expected a function, given int"),
+        ("my_functions:total", "expected an elementwise function"),
         ("my_broken:f", "failed while it was imported: ZeroDivisionError"),
-        ("nowhere_at_all:f", "cannot import nowhere_at_all"),
+        ("nowhere_at_all:f", "cannot import nowhere_at_all. It must lie where Python looks"),
+        ("my_asking:f", "cannot import nowhere_at_all. my_asking asks for it"),
         ("logistc", 'Did you mean "logistic".* or your own as module:function'),
     ],
 )
@@ -94,8 +96,8 @@ def test_a_function_that_cannot_be_had_is_told(f, message):
         ({"terms": [3]}, ["loss.terms[0]"]),
         ({"name": "dpo", "terms": [{}]}, ["loss.name"]),
         ({"terms": [{}], "beta": 0.1}, ["loss.beta"]),
-        ({"terms": [{"beta": -1, "agregate": "mean"}, {"link": "log_od"}]},
-         ["loss.terms[0].beta", "loss.terms[0].agregate", "loss.terms[1].link"]),
+        ({"terms": [{"beta": -1, "agregate": "mean", "f": "sqared"}, {"link": "log_od"}]},
+         ["loss.terms[0].beta", "loss.terms[0].agregate", "loss.terms[0].f", "loss.terms[1].link"]),
         ({"terms": [{"q": 0.9, "soft_labels": True}]}, ["loss.terms[0].q"]),
         ({"terms": [{"weight": "token_share"}]}, ["loss.terms[0].weight"]),
         ({"terms": [{"shift": float("inf")}], "weight": -1}, ["loss.weight", "loss.terms[0].shift"]),

@@ -17,12 +17,8 @@ from prefopt_losses.hyperparameters import NonNegative, Positive, Range, Smoothi
 from prefopt_losses.inputs import LogProbs
 from prefopt_losses.method import Method
 from prefopt_losses.methods.running import MovingAverage, carried
-from prefopt_losses.score import Score
+from prefopt_losses.score import LOG_RATIO, MEAN_LIKELIHOOD, MEAN_LOG_RATIO
 from prefopt_losses.terms import FromRecord, Running, Term
-
-LOG_RATIO = Score(aggregate="sum", reference=True)
-MEAN_LOG_RATIO = Score(aggregate="mean", reference=True)
-MEAN_LIKELIHOOD = Score(aggregate="mean", reference=False)
 
 Share = Annotated[float, Range(0, 1)]
 

@@ -19,11 +19,7 @@ from prefopt_losses.hyperparameters import NonNegative, Positive
 from prefopt_losses.inputs import ListLogProbs
 from prefopt_losses.list_terms import ListTerm
 from prefopt_losses.method import Method
-from prefopt_losses.score import Score
-
-LOG_RATIO = Score(aggregate="sum", reference=True)
-LIKELIHOOD = Score(aggregate="sum", reference=False)
-MEAN_LIKELIHOOD = Score(aggregate="mean", reference=False)
+from prefopt_losses.score import LIKELIHOOD, LOG_RATIO, MEAN_LIKELIHOOD
 
 
 def plackett_luce_dpo(*, beta: Positive = 0.1) -> tuple[ListTerm, ...]:

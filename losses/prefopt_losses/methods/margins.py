@@ -9,7 +9,6 @@ from __future__ import annotations
 from prefopt_losses import convex
 from prefopt_losses.hyperparameters import Fraction, NonNegative, Positive
 from prefopt_losses.method import Method
-from prefopt_losses.methods.pairwise import LOG_RATIO
 from prefopt_losses.methods.score_gaps import (
     chosen_loss,
     length_gap,
@@ -18,6 +17,7 @@ from prefopt_losses.methods.score_gaps import (
     score_gap,
     score_probability,
 )
+from prefopt_losses.score import LOG_RATIO
 from prefopt_losses.terms import CHOSEN, NEITHER, REJECTED, Term
 
 

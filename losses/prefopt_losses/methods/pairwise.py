@@ -11,15 +11,13 @@ from typing import Annotated, Literal, TypeAlias
 from torch import Tensor
 
 from prefopt_losses import convex
-from prefopt_losses.convex import Function, named_function
+from prefopt_losses.convex import Function
 from prefopt_losses.hyperparameters import Positive, Range, Smoothing
 from prefopt_losses.inputs import LogProbs
 from prefopt_losses.method import Method
-from prefopt_losses.score import Score, widened
+from prefopt_losses.own_function import named_function
+from prefopt_losses.score import LOG_RATIO, MEAN_LOG_RATIO, widened
 from prefopt_losses.terms import Coordinate, FromRecord, Term
-
-LOG_RATIO = Score(aggregate="sum", reference=True)
-MEAN_LOG_RATIO = Score(aggregate="mean", reference=True)
 
 PositiveSmoothing: TypeAlias = Annotated[float, Range(0, 0.5, includes_low=False)]
 """Probability that a label is flipped, where a label that is never flipped costs infinitely much."""

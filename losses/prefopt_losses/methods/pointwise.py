@@ -18,10 +18,8 @@ from prefopt_losses.hyperparameters import NonNegative, Positive
 from prefopt_losses.inputs import LogProbs
 from prefopt_losses.method import Method
 from prefopt_losses.methods.running import Count, CumulativeMean, carried
-from prefopt_losses.score import Score, Side, widened
+from prefopt_losses.score import LOG_RATIO, Side, widened
 from prefopt_losses.terms import CHOSEN, NEGATED_CHOSEN, PAIR, REJECTED, FromRecord, Running, Term
-
-LOG_RATIO = Score(aggregate="sum", reference=True)
 
 
 def kto(

@@ -5,26 +5,21 @@ Formulas and sources stand in the table of methods.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from prefopt_losses import convex
-from prefopt_losses.hyperparameters import NonNegative, Positive, Range
+from prefopt_losses.hyperparameters import NonNegative, Positive, Real
 from prefopt_losses.inputs import LogProbs
 from prefopt_losses.method import Method
-from prefopt_losses.score import Score, log_odds, widened
+from prefopt_losses.score import LIKELIHOOD, MEAN_LIKELIHOOD, Score, log_odds, widened
 from prefopt_losses.terms import CHOSEN, NEITHER, FromRecord, Term
 
-LIKELIHOOD = Score(aggregate="sum", reference=False)
-MEAN_LIKELIHOOD = Score(aggregate="mean", reference=False)
 LOG_ODDS = Score(aggregate="mean", reference=False, link=log_odds)
 PROBABILITY = Score(aggregate="mean", reference=False, link=torch.exp)
-
-Finite = Annotated[float, Range(-math.inf, includes_low=False)]
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ def simpo(*, beta: Positive = 2.0, gamma_beta_ratio: NonNegative = 0.25) -> tupl
     return (Term(convex.logistic, MEAN_LIKELIHOOD, beta=beta, shift=gamma_beta_ratio),)
 
 
-def alphapo(*, beta: Positive = 2.5, alpha: Finite = 0.25, gamma: NonNegative = 0.1) -> tuple[Term, ...]:
+def alphapo(*, beta: Positive = 2.5, alpha: Real = 0.25, gamma: NonNegative = 0.1) -> tuple[Term, ...]:
     """AlphaPO: SimPO with a reward of another shape, (1 - p^-alpha) / alpha of the probability per token.
 
     Args:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from prefopt_losses.errors import LossError
 from prefopt_losses.inputs import LogProbs
-from prefopt_losses.methods.pairwise import LOG_RATIO
-from prefopt_losses.score import widened
+from prefopt_losses.score import LOG_RATIO, widened
 from prefopt_losses.terms import FromRecord
 
 SCORES = ("chosen_scores", "rejected_scores")
@@ -123,8 +122,8 @@ class LengthGap:
         assert record.chosen_logps is not None  # all in `reads`, so Loss has looked
         assert record.chosen_lengths is not None
         assert record.rejected_lengths is not None
-        gap = record.chosen_lengths - record.rejected_lengths
-        return self.scale * gap.to(widened(record.chosen_logps).dtype)
+        dtype = widened(record.chosen_logps).dtype  # before the subtraction: unsigned lengths would wrap around
+        return self.scale * (record.chosen_lengths.to(dtype) - record.rejected_lengths.to(dtype))
 
 
 @dataclass(frozen=True)

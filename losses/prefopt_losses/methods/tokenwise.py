@@ -17,11 +17,8 @@ from prefopt_losses import convex
 from prefopt_losses.hyperparameters import NonNegative, Positive, Range, UnitInterval
 from prefopt_losses.inputs import LogProbs
 from prefopt_losses.method import Method
-from prefopt_losses.score import Score, TokenWeights, widened
+from prefopt_losses.score import LOG_RATIO, Score, TokenWeights, widened
 from prefopt_losses.terms import FromRecord, Term
-
-LOG_RATIO = Score(aggregate="sum", reference=True)
-
 
 Decay: TypeAlias = Annotated[float, Range(0, 1, includes_low=False)]
 

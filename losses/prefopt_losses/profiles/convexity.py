@@ -30,6 +30,8 @@ PROOFS: dict[str, str] = {
     "quadratic": "f'' = 2",
 }
 
+STEP = 1e-9
+"""A step in f, relative to f, below which it is rounding: torch's softplus changes to a line with one of 1e-10."""
 REFINED = 16
 """Regions, from zero outwards, whose edges are bisected; those of a wilder function stay on the grid."""
 
@@ -78,8 +80,9 @@ def convexity(curve: Curve, proof: str | None = None) -> Convexity:
 
 
 def where(regions: tuple[tuple[float, float], ...], domain: tuple[float, float]) -> str:
-    """Say where f bends the wrong way: below, above, between or at."""
-    shown = [_region(start, end, domain) for start, end in regions[:4]]
+    """Say where f bends the wrong way: below, above, between or at; of many places the four widest."""
+    widest = sorted(sorted(regions, key=lambda region: region[0] - region[1])[:4])
+    shown = [_region(start, end, domain) for start, end in widest]
     more = f" and {len(regions) - 4} more places" if len(regions) > 4 else ""
     return ", ".join(shown) + more
 
@@ -166,13 +169,14 @@ def _joined(regions: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def _witness(curve: Curve, region: tuple[float, float]) -> tuple[float, float, float] | None:
     """Return (point, width, gap) of a chord that runs below the curve by more than rounding; the widest gap."""
     (low, high), (start, end) = curve.domain, region
-    widths = [2.0**-k for k in range(-3, 12)] if end - start < 1e-6 else [(end - start) / 2**k for k in range(1, 8)]
+    sudden = end - start < 1e-6
+    widths = [2.0**-k for k in range(-3, 12)] if sudden else [(end - start) / 2**k for k in range(1, 8)]
     tries = []
-    for point in {(start + end) / 2, start - 1e-9, start + 1e-9} if end - start < 1e-6 else _within(start, end):
+    for point in {(start + end) / 2, start - 1e-9, start + 1e-9} if sudden else _within(start, end):
         for width in widths:
             if low <= point - width and point + width <= high:
                 left, here, right = (curve.value(point + by) for by in (-width, 0.0, width))
-                gap, rounding = here - (left + right) / 2, 32 * curve.eps * max(abs(left), abs(here), abs(right))
-                if gap > rounding:
+                gap, rounding = here - (left + right) / 2, STEP if sudden else 32 * curve.eps
+                if gap > rounding * max(abs(left), abs(here), abs(right)):
                     tries.append((point, width, gap))
     return max(tries, key=lambda each: each[2], default=None)

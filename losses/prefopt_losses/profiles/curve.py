@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prefopt_losses.convex import Function
 from prefopt_losses.errors import LossError
+from prefopt_losses.own_function import checked
 
 POINTS = 4000
 """Grid points on each side of zero; within 10 of zero they lie 0.0025 apart."""
@@ -36,7 +37,7 @@ class Curve:
     def __post_init__(self) -> None:
         if not (isinstance(self.radius, int | float) and 1.5 <= self.radius <= 1e4):
             raise LossError(f"radius: expected a number from 1.5 to 10000, given {self.radius!r}.")
-        object.__setattr__(self, "eps", _checked(self.f, self.name))
+        object.__setattr__(self, "eps", checked(self.f, self.name))
         at_zero = self.value(0.0), self.slope(0.0)
         if not all(map(math.isfinite, at_zero)):
             raise LossError(
@@ -125,54 +126,3 @@ def bisect(holds: Callable[[float], bool], inside: float, outside: float) -> flo
         else:
             outside = middle
     return inside
-
-
-def _checked(f: Function, name: str) -> float:
-    """Try f on a few points and return the rounding of its result; LossError for what cannot be profiled."""
-    x = torch.tensor([-2.0, -0.7, 0.0, 0.4, 3.0], dtype=torch.float64)
-    whole = _called(f, name, x.clone())
-    alone = torch.cat([_called(f, name, x[i : i + 1].clone()) for i in range(len(x))])
-    again = _called(f, name, x.clone())
-    rounding = torch.finfo(whole.dtype).eps
-    if not torch.allclose(whole, again, rtol=64 * rounding, atol=0, equal_nan=True):
-        raise LossError(f"{name}: expected the same value for the same x, given two; take randomness out of it.")
-    if not torch.allclose(whole, alone, rtol=64 * rounding, atol=rounding, equal_nan=True):
-        raise LossError(
-            f"{name}: expected an elementwise function, given one whose value at a point depends on the other "
-            "points of the batch; a batch-coupled loss has no curve to look at."
-        )
-    _check_gradient(f, name, x)
-    return max(rounding, torch.finfo(torch.float64).eps)
-
-
-def _called(f: Function, name: str, x: Tensor) -> Tensor:
-    try:
-        value = f(x)
-    except Exception as error:
-        hint = " Use torch.where instead of if." if "ambiguous" in str(error) else ""
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise LossError(f"{name}: failed on a float64 tensor of shape {tuple(x.shape)}: {said[0]}.{hint}") from error
-    if not isinstance(value, Tensor):
-        raise LossError(f"{name}: expected a tensor for a tensor, given {type(value).__name__}.")
-    if value.shape != x.shape:
-        shapes = f"expected shape {tuple(x.shape)} for {tuple(x.shape)}, given {tuple(value.shape)}"
-        raise LossError(f"{name}: expected an elementwise function: {shapes}.")
-    if not value.is_floating_point():
-        raise LossError(f"{name}: expected floating-point values, given {value.dtype}.")
-    return value
-
-
-def _check_gradient(f: Function, name: str, x: Tensor) -> None:
-    point = x.clone().requires_grad_()
-    try:
-        value = f(point.clone())
-        if value.requires_grad:
-            torch.autograd.grad(value.sum(), point, allow_unused=True)
-            return
-    except Exception as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise LossError(f"{name}: cannot be differentiated: {said[0]}.") from error
-    raise LossError(
-        f"{name}: expected a differentiable function, given one that no gradient flows through "
-        "(detach, .item(), numpy, a comparison or a constant)."
-    )

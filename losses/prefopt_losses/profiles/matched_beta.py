@@ -99,20 +99,21 @@ def _scalar_pair(loss: Loss) -> Term | str:
     if "beta" not in loss.hyperparameters:
         return "it has no beta"
     if isinstance(term.beta, FromRecord):
-        return f"its beta comes with the data ({term.beta.name})"
+        return "its beta comes with the batch"
     if term.contrast != PAIR:
-        return "it judges completions one by one, not pairs"
+        uneven = "it weighs the two completions of a pair unevenly"
+        return uneven if all(term.contrast) else "it judges completions one by one, not pairs"
     if len(loss.terms) > 1:
-        return f"it is a sum of {len(loss.terms)} terms, and beta scales only what one of them sees"
+        return "it is a sum of terms, and beta scales only what one of them sees"
     return _shifted(term)
 
 
 def _shifted(term: Term) -> Term | str:
     if isinstance(term.shift, FromRecord):
-        return f"each example shifts x ({term.shift.name})"
+        return "each example brings a shift of its own, so equal scores are not x = 0"
     if term.shift != 0:
         return f"a target margin shifts x by {term.shift:g}, so equal scores are not x = 0"
-    return f"it sorts the {term.sort} of a batch first" if term.sort else term
+    return "it sorts a batch first" if term.sort else term
 
 
 def _no_common_reference(loss: Loss, known: Term) -> str:
@@ -125,11 +126,10 @@ def _no_common_reference(loss: Loss, known: Term) -> str:
 def _incomparable(term: Term, known: Term) -> str:
     """Say why the scores of two terms have no common unit; means and sums differ by a known factor."""
     if term.score.link is not known.score.link:
-        links = function_name(term.score.link), function_name(known.score.link)
-        return f"its scores pass through {links[0]}, the other's through {links[1]}"
+        return "its scores pass through another link than the other's"
     odd = next((a for a in (term.score.aggregate, known.score.aggregate) if not isinstance(a, str)), None)
     if odd is not None and term.score.aggregate != known.score.aggregate:
-        return f"scores weigh their tokens ({odd.name}), so no one factor converts"
+        return "its scores weigh tokens unevenly, so no one factor converts"
     return ""
 
 

@@ -212,7 +212,9 @@ def _profile(curve: Curve, proof: str | None, accumulation: Accumulation | None,
     slope, curvature = curve.slope(0.0), curve.curvature(0.0)
     kappa = None if curvature is None or slope == 0 else curvature / abs(slope) + 0.0
     rests, x = stationary_points(curve), torch.tensor(AT, dtype=torch.float64)
-    weights = (-curve.slopes(x) / abs(slope) + 0.0).tolist() if slope else [None] * len(AT)
+    exists = curve.values(x).isfinite()  # a slope may go on where f has ended, such as that of a logarithm
+    weights = (-curve.slopes(x) / abs(slope) + 0.0).where(exists, torch.nan).tolist() if slope else [None] * len(AT)
+    win = win_probability(curve, x).where(exists & exists.flip(0), torch.nan)  # AT is symmetric
     return Profile(
         name=curve.name,
         radius=float(curve.radius),
@@ -226,7 +228,7 @@ def _profile(curve: Curve, proof: str | None, accumulation: Accumulation | None,
         stationary=rests,
         kinks=kinks(curve),
         weights=tuple(zip(AT, map(_finite, weights))),
-        win_probability=tuple(zip(AT, map(_finite, win_probability(curve, x).tolist()))),
+        win_probability=tuple(zip(AT, map(_finite, win.tolist()))),
         population=_population(base or curve, kappa if base is None else None),
         rest=_rest(curve, slope, rests),
         left=tail(curve, "left"),

@@ -157,22 +157,28 @@ def _follow(curve: Curve, start: float, end: float) -> float:
 
 
 def tail(curve: Curve, side: Literal["left", "right"]) -> Tail:
-    """Return how f' goes on at 10, 20 and 40 on one side, or at the last points where f exists."""
+    """Return how f' goes on up to 20 and up to 40 on one side, or up to the last points where f exists."""
     sign = -1.0 if side == "left" else 1.0
     edge = curve.domain[0 if side == "left" else 1]
     at_zero = curve.slope(0.0)
     inside = abs(edge) < curve.radius
-    points = [abs(edge) / 4, abs(edge) / 2, abs(edge)] if inside else [10.0, 20.0, 40.0]
-    near, middle, far = (curve.slope(sign * point) for point in points)
-    if not all(map(math.isfinite, (near, middle, far))):
-        return Tail("unknown", None, sign * points[-1])
-    ratio = -far / abs(at_zero) + 0.0 if at_zero else None
-    return Tail(_tail_kind(near, middle, far, at_zero), ratio, sign * points[-1])
+    end = edge if inside else sign * 40.0
+    middle, far = _peak(curve, end / 3, end / 2), _peak(curve, end / 1.5, end)
+    if not (math.isfinite(middle) and math.isfinite(far)):
+        return Tail("unknown", None, end)
+    ratio = -curve.slope(end) / abs(at_zero) + 0.0 if at_zero else None
+    return Tail(_tail_kind(middle, far, at_zero), ratio, end)
 
 
-def _tail_kind(near: float, middle: float, far: float, at_zero: float) -> TailKind:
+def _peak(curve: Curve, start: float, end: float) -> float:
+    """Return the slope that is largest in magnitude on a stretch, so that no ripple is taken for a trend."""
+    slope = curve.slopes(torch.linspace(start, end, 65, dtype=torch.float64))
+    return slope[slope.abs().nan_to_num(nan=math.inf).argmax()].item()
+
+
+def _tail_kind(middle: float, far: float, at_zero: float) -> TailKind:
     scale = abs(at_zero) or 1.0
-    if abs(near) <= UNDERFLOW * scale and abs(far) <= UNDERFLOW * scale:
+    if abs(middle) <= UNDERFLOW * scale and abs(far) <= UNDERFLOW * scale:
         return "is zero"
     if far > 1e-3 * scale:
         return "turns round"
@@ -197,7 +203,7 @@ def lower_bound(curve: Curve, rests: tuple[Stationary, ...]) -> LowerBound:
     least = value.min().item()
     first = x[value <= least + 1e-12 * max(1.0, abs(least))]
     at = first[first.abs().argmin()].item()
-    if any(abs(at - each.x) < 1e-9 for each in rests):
+    if any(each.x - 1e-9 < at < (each.end if each.end is not None else each.x) + 1e-9 for each in rests):
         return LowerBound(_tidy(least), False, _tidy(at))
     for side in tails:
         end, before = curve.value(_outermost(side)), curve.value(_outermost(side) / 10)
@@ -205,7 +211,17 @@ def lower_bound(curve: Curve, rests: tuple[Stationary, ...]) -> LowerBound:
             settled = abs(before - end) <= 1e-6 * max(1.0, abs(curve.value(0.0)))
             towards = math.copysign(math.inf, _outermost(side))
             return LowerBound(_tidy(least), False, towards) if settled else LowerBound(None, False, at, least)
-    return LowerBound(_tidy(least), False, at)
+    return LowerBound(*_beside(curve, at))
+
+
+def _beside(curve: Curve, at: float) -> tuple[float, bool, float]:
+    """Return the least value near a point of the grid where f does not rest: at an edge, or beside a jump."""
+    step = 2 * curve.radius / len(curve.grid)
+    while step > 1e-10 * max(1.0, abs(at)):
+        x = at + step * torch.linspace(-1, 1, 65, dtype=torch.float64)
+        value = curve.values(x)
+        at, step = x[value.where(value.isfinite(), math.inf).argmin()].item(), step / 16
+    return _tidy(curve.value(at)), False, _tidy(at)
 
 
 def _outermost(side: Tensor) -> float:

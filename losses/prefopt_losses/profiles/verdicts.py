@@ -85,7 +85,17 @@ def _start(seen: Profile) -> str:
     left, _ = seen.one_sided
     if left < -1e-9:
         return f"nowhere: autograd takes {at} = 0 at the kink (it is {number(left)} to the left), so no gradient flows"
-    return f"nowhere, {at} = 0: {where} no gradient flows; this asks for x = 0 and does not rank"
+    return f"nowhere, {at} = 0: {where} no gradient flows; {_asks(seen)}"
+
+
+def _asks(seen: Profile) -> str:
+    """Say what a function whose slope is zero at the start does around it."""
+    kind = next((s.kind for s in seen.stationary if s.x <= seen.start <= (s.x if s.end is None else s.end)), "")
+    return {
+        "minimum": f"this asks for x = {number(seen.start)} and does not rank",
+        "maximum": "this is a maximum, left to either side",
+        "flat": "f is flat here",
+    }.get(kind, "f only pauses here")
 
 
 def _moves(seen: Profile, *, up: bool) -> str:
@@ -168,7 +178,8 @@ def _pull(seen: Profile, x: int, tail: Tail, fate: dict[str, str]) -> str:
     """Say how hard a pair far out pulls, and what becomes of that further out."""
     weight = dict(seen.weights)[float(x)]
     if weight is None:
-        return ""
+        edge = seen.domain[x > 0]
+        return f"f does not reach x = {x}: it ends at x = {edge:.2g}" if abs(edge) < 4 else ""
     if weight < 0:
         return f"at x = {x} pushed back {_times(-weight)} one at the reference is moved".replace(
             "at the reference", _origin(seen)
