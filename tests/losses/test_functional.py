@@ -85,6 +85,16 @@ def test_hyper_parameters_options_and_refinements_pass_through(record):
     assert torch.equal(shared, get_loss("sft")(replace(record, tokens_per_example=4.0)))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_losses_are_made_and_called_while_evaluating(record, mode):
+    with mode():
+        for name in METHODS:
+            loss = get_loss(name)
+            assert loss(make_lists(torch.float32) if loss.needs.lists else record).isfinite().all()
+        own = prefopt_losses.gpo_loss(*(getattr(record, each) for each in PAIR), f=lambda x: torch.exp(-x))
+        assert torch.equal(own, prefopt_losses.gpo_exponential_loss(*(getattr(record, each) for each in PAIR)))
+
+
 def test_mistakes_are_told(record):
     pair = [getattr(record, each) for each in PAIR]
     with pytest.raises(LossError, match="Did you mean"):
