@@ -30,8 +30,7 @@ Trained from {base} with [prefopt](https://pypi.org/project/prefopt/), {result["
 
 {conventions}
 
-Reference: quantization {reference["quantization"]}, largest error of a completion's log-prob
-{_shown(reference["max_abs_error"])} nats.
+{_reference(reference)}{_moved(reference)}
 
 ## Held-out measures
 
@@ -45,6 +44,30 @@ Reference: quantization {reference["quantization"]}, largest error of a completi
 {recipe.to_yaml().strip()}
 ```
 """
+
+
+def _reference(reference: Mapping[str, Any]) -> str:
+    """Say how the reference was held, and how wrong that made it."""
+    certificate = reference.get("certificate")
+    if certificate is not None:
+        return f"Reference: {certificate['sentence']}"
+    quantization = reference["quantization"]
+    held = quantization if isinstance(quantization, str) else quantization["type"]
+    return (
+        f"Reference: quantization {held}, largest error of a completion's log-prob "
+        f"{_shown(reference['max_abs_error'])} nats."
+    )
+
+
+def _moved(reference: Mapping[str, Any]) -> str:
+    """Say that the reference followed the policy, and against which one the measures are."""
+    sync = reference.get("sync")
+    if sync is None:
+        return ""
+    return (
+        f"\nIt moved towards the policy {sync['syncs']} times, every {sync['every']} steps by {sync['mix']:g} (TR-DPO); "
+        "held-out measures are against the initial reference."
+    )
 
 
 def _flat(measures: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

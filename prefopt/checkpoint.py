@@ -49,6 +49,11 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir()) if folder.is_dir() else []
 
 
+def checkpoint_steps(run: Path) -> list[int]:
+    """Return the steps of the complete checkpoints of a run."""
+    return [int(path.name.removeprefix("step-")) for path in checkpoint_folders(run)]
+
+
 def save_checkpoint(
     run: Path,
     model: nn.Module,

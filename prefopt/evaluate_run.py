@@ -13,8 +13,9 @@ from prefopt.errors import DataError, ModelError, Problem
 from prefopt.evaluate import make_evaluator, measure, reference_samples
 from prefopt.forward import Scorer
 from prefopt.layout import probe_group, settle_layout
-from prefopt.models import ModelSource, default_device, load_model, ready_for_peft
+from prefopt.models import ModelSource, default_device, load_model
 from prefopt.prepare import Prepared, policy_source, prepare, resolve_token_budget
+from prefopt.quantization import ready_for_peft
 from prefopt.recipe import Recipe, load_recipe
 from prefopt.reference.running import open_reference
 from prefopt.run_folder import RECIPE, REFERENCE_SAMPLES, write_json
@@ -33,7 +34,7 @@ def evaluate_run(folder: Path, console: Console) -> dict[str, Any]:
                                  f"finish it: prefopt train {folder / RECIPE}"))  # fmt: skip
     prepared = prepare(load_recipe(str(folder / RECIPE)), quiet=not console.is_terminal)
     recipe = prepared.recipe
-    reference = open_reference(prepared, console)
+    reference = open_reference(prepared, console, only=("eval", "eval_partners"))
     policy = load_trained(recipe, folder / "model")
     settle_layout(policy, recipe, probe_group(prepared.data.train))
     reference.use_policy(policy)

@@ -15,9 +15,9 @@ from prefopt.models import (
     load_tokenizer,
     mend_generation_settings,
     quiet_transformers,
-    ready_for_peft,
 )
 from prefopt.prepare import policy_source, with_sandbox
+from prefopt.quantization import ready_for_peft
 from prefopt.recipe import Recipe, load_recipe
 from prefopt.run_folder import RECIPE
 

@@ -1,13 +1,15 @@
 """The step-0 invariant: before the first update the policy must not differ from its reference.
 
 Reference = initial policy, held alike: every log-ratio is within rounding, else the run refuses. A quantized
-reference of an unquantized policy: the log-ratios *are* the quantization error, which is stated, and refused only
-above `reference.max_margin_error`. Another reference model: nothing can be said, and nothing is.
+reference of an unquantized policy: the log-ratios *are* the quantization error; they must agree with the certificate,
+and where there is none, `reference.max_margin_error` bounds them here. Another reference model: nothing can be said,
+and nothing is.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +20,17 @@ from prefopt.errors import ModelError, Problem
 from prefopt.forward import TOLERANCE, ReferenceLogps, Scorer, compute_dtype, score
 from prefopt.planning import every_comparison, pack_slices
 from prefopt.recipe import Recipe
+
+if TYPE_CHECKING:
+    from prefopt.reference.certificate import Certificate
+
+FACTOR = 4.0
+"""How far the mean error at step 0 may lie outside the certificate's interval: its comparisons are the first of the
+data and may share few prompts, whose errors differ by their lengths alone up to threefold."""
+WAYS_OUT = (
+    "margins that start at 0 need a policy that is quantized alike (QLoRA: model.quantization={0} with an adapter), "
+    "or an unquantized or int8 reference"
+)
 
 
 @dataclass(frozen=True)
@@ -76,42 +89,82 @@ def step_zero(
     return StepZero(joined.numpy(), torch.cat(lengths).numpy(), torch.cat(margins).numpy() if margins else np.zeros(0))
 
 
-def check_step_zero(recipe: Recipe, found: StepZero) -> str:
+def check_step_zero(recipe: Recipe, found: StepZero, certificate: Certificate | None = None) -> str:
     """Compare the step-0 log-ratios with what the recipe promises.
+
+    Args:
+        recipe: names policy and reference.
+        found: policy minus reference before the first update.
+        certificate: of a quantized reference, where there is one.
 
     Returns:
         One line for the screen.
 
     Raises:
-        ModelError: the reference cannot be the one the recipe names, or its error exceeds the recipe's limit.
+        ModelError: the reference cannot be the one the recipe names, its error is not the certified one, or, without
+            a certificate, it exceeds the recipe's limit.
     """
     largest = f"largest log-ratio {found.max_abs_error:.2g} nats, largest margin {found.max_margin_error:.2g} nats"
     same = recipe.reference.model in (None, recipe.model.path)
     if not same:
         return f"another model is the reference; {largest}"
     if recipe.reference.quantization == recipe.model.quantization:
-        limit = TOLERANCE[compute_dtype(recipe.train.precision)]
-        if not found.per_root_token <= limit:
-            raise ModelError(
-                Problem(
-                    "reference",
-                    f"log-probs equal to the untouched policy's within {limit:g} nats per root token",
-                    f"{found.per_root_token:.3g} ({largest})",
-                    "the cached reference is not this policy: check versions with `prefopt cache verify`, "
-                    "or compute it in every step with reference.cache=off",
-                )
-            )
+        _refuse_another_reference(recipe, found, largest)
         return f"policy equals reference ({largest})"
+    kind = str(recipe.reference.quantization)
+    said = f"the margins are the error of the {kind} reference, for the policy starts unquantized: {largest}"
+    if certificate is None:
+        _refuse_large_error(recipe, found)
+        return f"{said}; {WAYS_OUT.format(kind)}"
+    return f"{said}; {_agreement(found, certificate)}; {WAYS_OUT.format(kind)}"
+
+
+def _refuse_another_reference(recipe: Recipe, found: StepZero, largest: str) -> None:
+    limit = TOLERANCE[compute_dtype(recipe.train.precision)]
+    if not found.per_root_token <= limit:
+        raise ModelError(
+            Problem(
+                "reference",
+                f"log-probs equal to the untouched policy's within {limit:g} nats per root token",
+                f"{found.per_root_token:.3g} ({largest})",
+                "the cached reference is not this policy: check versions with `prefopt cache verify`, "
+                "or compute it in every step with reference.cache=off",
+            )
+        )
+
+
+def _agreement(found: StepZero, certificate: Certificate) -> str:
+    """Say that the mean error is the certified one; raises ModelError where it cannot be."""
+    # Unpaired data have no margins; a completion's own error stands in.
+    sizes = np.abs(found.margins if len(found.margins) else found.logratios)
+    certified = certificate.limited
+    low, high = certified.mean_abs_interval or (certified.mean_abs, certified.mean_abs)
+    here = float(sizes.mean())
+    stated = f"{here:.2g} nats on average here, {certified.mean_abs:.2g} ({low:.2g} to {high:.2g}) certified"
+    if low / FACTOR <= here <= high * FACTOR:
+        return f"they agree with the certificate ({stated})"
+    raise ModelError(
+        Problem(
+            "reference",
+            f"margins at step 0 as far from 0 as the certificate says, within a factor of {FACTOR:g}",
+            stated,
+            "policy and reference do not start from the same weights, or the cache was written by other versions: "
+            "`prefopt cache verify` tells; " + WAYS_OUT.format(certificate.quantization),
+        )
+    )
+
+
+def _refuse_large_error(recipe: Recipe, found: StepZero) -> None:
+    """Raise ModelError where 95 % of the margins do not stay within `reference.max_margin_error`."""
     allowed = recipe.reference.max_margin_error
-    # Unpaired data have no margins; a completion's own error is then what the limit bounds.
-    error = found.max_margin_error if len(found.margins) else found.max_abs_error
+    sizes = np.abs(found.margins if len(found.margins) else found.logratios)
+    error = float(np.quantile(sizes, 0.95, method="inverted_cdf")) if len(sizes) else 0.0
     if allowed is not None and not error <= allowed:
         raise ModelError(
             Problem(
                 "reference.max_margin_error",
-                f"margins within {allowed:g} nats of full precision",
-                f"{error:.3g} nats with {recipe.reference.quantization}",
+                f"95 % of the margins within {allowed:g} nats of full precision",
+                f"{error:.3g} nats with {recipe.reference.quantization}, on {len(sizes)} comparisons at step 0",
                 "use int8 or no quantization for the reference, or raise the limit knowingly",
             )
         )
-    return f"the {recipe.reference.quantization} reference differs from the policy: {largest}"

@@ -6,10 +6,6 @@ masters unless the recipe says otherwise; frozen quantized weights go through bi
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,13 +18,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from prefopt.adapters import AdapterSource, load_adapter
 from prefopt.errors import ModelError, Problem
+from prefopt.quantization import choose_cpu_path, import_bitsandbytes, quantization_settings, skipped_layers
+from prefopt.recipe.quantization import Quantization
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# LLM.int8 keeps columns whose activation exceeds its threshold in 16 bit, and it looks for them over the whole
-# batch: with the usual 6.0 a row's result depends on its neighbours, which no cache may allow. 0 turns that off.
-INT8_THRESHOLD = 0.0
 
 
 @dataclass(frozen=True)
@@ -38,25 +33,14 @@ class ModelSource:
     path: str
     revision: str | None = None
     dtype: torch.dtype = torch.float32
-    quantization: str = "none"
+    quantization: Quantization = "none"
+    """A word, or a mapping with the details."""
     compute: torch.dtype = torch.float32
     """The dtype that quantized weights are expanded to."""
     key: str = "model"
     """The recipe key, for messages."""
-
-
-def quantization_settings(quantization: str, compute: torch.dtype) -> dict[str, Any]:
-    """Every setting that decides what the quantized weights are: bitsandbytes' arguments, and part of a cache key."""
-    if quantization == "int8":
-        return {"load_in_8bit": True, "llm_int8_threshold": INT8_THRESHOLD}
-    if quantization in ("nf4", "fp4"):
-        return {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": quantization,
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": str(compute).removeprefix("torch."),
-        }
-    return {}
+    adapter: AdapterSource | None = None
+    """An adapter that is put on the weights, frozen."""
 
 
 def default_device() -> torch.device:
@@ -78,25 +62,6 @@ def quiet_transformers() -> Iterator[None]:
         if bars:
             transformers_logging.enable_progress_bar()
         transformers_logging.set_verbosity(verbosity)
-
-
-def import_bitsandbytes() -> None:
-    """Import bitsandbytes without its optional CPU kernel, which would be fetched from a hub at import."""
-    if "bitsandbytes" in sys.modules:
-        return
-    hidden = object() if torch.cuda.is_available() else sys.modules.get("kernels")
-    if not torch.cuda.is_available():
-        sys.modules["kernels"] = None  # type: ignore[assignment]
-    try:
-        import logging
-
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-        importlib.import_module("bitsandbytes")
-    finally:
-        if not torch.cuda.is_available():
-            del sys.modules["kernels"]
-            if hidden is not None:
-                sys.modules["kernels"] = hidden  # type: ignore[assignment]
 
 
 def check_source(source: ModelSource) -> None:
@@ -154,24 +119,17 @@ def load_config(source: ModelSource) -> Any:
 
 
 def load_model(source: ModelSource, device: torch.device | None = None) -> PreTrainedModel:
-    """Load a causal language model onto the device, in eval mode.
+    """Load a causal language model onto the device, in eval mode, with the source's adapter where it has one.
 
     Raises:
-        ModelError: it cannot be loaded as a causal language model.
+        ModelError: it cannot be loaded as a causal language model, or the adapter does not belong to it.
     """
     device = device or default_device()
-    arguments: dict[str, Any] = {"dtype": source.dtype, "revision": source.revision}
-    settings = quantization_settings(source.quantization, source.compute)
-    if settings:
-        from transformers import BitsAndBytesConfig
-
-        import_bitsandbytes()
-        arguments |= {
-            "quantization_config": BitsAndBytesConfig(**settings),
-            "device_map": {"": device},
-            "dtype": source.compute,
-        }
     config = load_config(source)
+    settings = quantization_settings(source.quantization, source.compute)
+    arguments: dict[str, Any] = {"dtype": source.dtype, "revision": source.revision}
+    if settings:
+        arguments |= _quantized_loading(source, config, settings, device)
     try:
         with quiet_transformers():
             model, loading = AutoModelForCausalLM.from_pretrained(
@@ -180,9 +138,26 @@ def load_model(source: ModelSource, device: torch.device | None = None) -> PreTr
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(_load_problem(source, "causal language model", error)) from error
     _refuse_made_up_weights(source, loading)
-    if source.quantization in ("nf4", "fp4"):
-        _choose_cpu_path(model, source.compute)
-    return (model if settings else model.to(device)).eval()
+    if "load_in_4bit" in settings:
+        choose_cpu_path(model, source.compute)
+    model = model if settings else model.to(device)
+    return (model if source.adapter is None else load_adapter(model, source.adapter, trainable=False)).eval()
+
+
+def _quantized_loading(
+    source: ModelSource, config: Any, settings: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that quantize on the way; skipped modules by their full names."""
+    from transformers import BitsAndBytesConfig
+
+    import_bitsandbytes()
+    skip = settings["llm_int8_skip_modules"]
+    left = skipped_layers(config, skip, where=f"{source.key.split('.')[0]}.quantization.skip")
+    return {
+        "quantization_config": BitsAndBytesConfig(**{**settings, "llm_int8_skip_modules": left}),
+        "device_map": {"": device},
+        "dtype": source.compute,
+    }
 
 
 def _refuse_made_up_weights(source: ModelSource, loading: dict[str, Any]) -> None:
@@ -204,18 +179,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def _choose_cpu_path(model: nn.Module, compute: torch.dtype) -> None:
-    """Keep bitsandbytes' bf16 product for CPUs with AVX512_BF16 to where it is asked for and can work.
-
-    It answers in bf16 whatever the compute dtype is, and fails where rows are no multiple of the block size.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            block = module.weight.quant_state.blocksize
-            if compute != torch.bfloat16 or module.in_features % block:
-                module.support_avx512bf16_for_cpu = False
-
-
 def _name(source: ModelSource) -> str:
     path = Path(source.path).expanduser()
     return str(path) if path.is_dir() else source.path
@@ -229,34 +192,6 @@ def _load_problem(source: ModelSource, what: str, error: Exception) -> Problem:
         f"{source.path}: {first_line[:300]}",
         "check the name, the revision and, for a hub model, the network and your access rights",
     )
-
-
-def ready_for_peft() -> None:
-    """Import bitsandbytes before peft does, which would look for the hub kernel; mute what transformers deprecates."""
-    if importlib.util.find_spec("bitsandbytes") is not None:
-        import_bitsandbytes()
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-
-
-def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, targets: str | list[str]) -> nn.Module:
-    """Put a LoRA adapter on a frozen model; a quantized one is prepared as peft recommends.
-
-    Raises:
-        ModelError: a target names no module of the model.
-    """
-    ready_for_peft()
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
-    if getattr(model, "is_quantized", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise ModelError(
-            Problem("adapter.targets", "names of linear modules, or all-linear", str(targets),
-                    str(error).splitlines()[0])
-        ) from error  # fmt: skip
 
 
 def mend_generation_settings(model: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prefopt.errors import Problem, RecipeError
-from prefopt.models import import_bitsandbytes
+from prefopt.quantization import import_bitsandbytes
 from prefopt.recipe import TrainRecipe
 
 VALUE_LEARNING_RATE = 1e-3

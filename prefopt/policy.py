@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from prefopt.adapters import MOVING, add_lora, keep_frozen, load_adapter
 from prefopt.data.groups import PromptGroup
 from prefopt.forward import Scorer
 from prefopt.layout import LayoutChoice, settle_layout
-from prefopt.models import add_lora, load_model, switch_off_dropout
-from prefopt.prepare import policy_source
+from prefopt.models import load_model, switch_off_dropout
+from prefopt.prepare import adapter_source, policy_source
 from prefopt.recipe import Recipe
 
 ACTIVATION_BYTES = 34
@@ -42,17 +43,7 @@ def load_policy(recipe: Recipe, probe: PromptGroup, *, token_budget: int) -> Pol
     base = load_model(policy_source(recipe))
     if not recipe.train.dropout:
         switch_off_dropout(base)
-    model: nn.Module = base
-    if recipe.adapter is not None:
-        with torch.random.fork_rng():
-            torch.manual_seed(recipe.seed)
-            model = add_lora(
-                base,
-                rank=recipe.adapter.rank,
-                alpha=recipe.adapter.alpha,
-                dropout=recipe.adapter.dropout,
-                targets=recipe.adapter.targets,
-            )
+    model = _adapted(base, recipe)
     scorer = Scorer(model)
     layout = settle_layout(scorer, recipe, probe)
     checkpointing = _wants_checkpointing(recipe, base, token_budget)
@@ -60,6 +51,25 @@ def load_policy(recipe: Recipe, probe: PromptGroup, *, token_budget: int) -> Pol
         _recompute_activations(base)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Policy(scorer.train(), layout, trainable, sum(p.numel() for p in model.parameters()), checkpointing)
+
+
+def _adapted(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
+    """Put the recipe's adapter on the base: a fresh one, or the one that training goes on from."""
+    adapter = recipe.adapter
+    if adapter is None:
+        return base
+    pretrained = adapter_source(recipe)
+    if pretrained is not None:
+        model = load_adapter(base, pretrained, trainable=True, dropout=adapter.dropout)
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.seed)
+            model = add_lora(
+                base, rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, targets=adapter.targets
+            )
+    if recipe.reference.sync is not None:  # before a checkpoint replaces it: the moving reference starts where we do
+        keep_frozen(model, MOVING)
+    return model
 
 
 def _recompute_activations(model: PreTrainedModel) -> None:

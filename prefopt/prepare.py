@@ -8,13 +8,18 @@ from typing import Any
 
 import torch
 
+from prefopt.adapter_fit import refuse_another_base
+from prefopt.adapters import AdapterSource
 from prefopt.data.groups import GroupDataset
 from prefopt.data.load import LoadedData, load_data
 from prefopt.data.mismatched import mismatched
+from prefopt.errors import Problem, RecipeError
 from prefopt.fit import refuse_another_vocabulary, refuse_unreadable_rows, refuse_unusable_data
 from prefopt.forward import compute_dtype
-from prefopt.models import DTYPES, ModelSource, load_tokenizer
+from prefopt.models import DTYPES, ModelSource, load_config, load_tokenizer
+from prefopt.quantization import skipped_layers
 from prefopt.recipe import Recipe
+from prefopt.recipe.quantization import Quantization, quantization_details
 from prefopt_losses import Loss
 
 SANDBOX = "sandbox"
@@ -46,13 +51,22 @@ class Prepared:
         return "values" in self.loss.needs.learns and self.data.train.without_values > 0
 
     def read_by_reference(self) -> list[tuple[str, GroupDataset]]:
-        """Return the data whose completions the reference scores, by name.
+        """Return the data whose completions the initial reference scores, by name.
 
-        Held-out data are among them also for a loss without reference: the evaluation's drift needs them.
+        Held-out data are among them also for a loss without reference: the evaluation's drift needs them. Training
+        data are not where a moving reference reads them.
         """
         train = [("train", self.data.train)] if self.loss.needs.reference else []
         held_out = [] if self.data.eval is None else [("eval", self.data.eval)]
-        return [*train, *held_out, *self.partners.items()]
+        moving = [name for name, _ in self.read_by_moving_reference()]
+        return [one for one in (*train, *held_out, *self.partners.items()) if one[0] not in moving]
+
+    def read_by_moving_reference(self) -> list[tuple[str, GroupDataset]]:
+        """Return the data that a reference which follows the policy scores: the training data, in every step."""
+        if self.recipe.reference.sync is None:
+            return []
+        partners = [(name, groups) for name, groups in self.partners.items() if name == "train_partners"]
+        return [("train", self.data.train), *partners]
 
 
 def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
@@ -72,6 +86,7 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
         refuse_another_vocabulary(loss, sources[0], sources[1], tokenizer)
     partners = _partners(loss, data, recipe)
     refuse_unreadable_rows(sources, recipe, data, partners.values())
+    refuse_unfit_parts(recipe, loss)
     return Prepared(recipe, tokenizer, data, loss, partners)
 
 
@@ -117,25 +132,60 @@ def _placed(sources: Any, file: Path) -> Any:
     ]  # fmt: skip
 
 
+def refuse_unfit_parts(recipe: Recipe, loss: Loss) -> None:
+    """Say before a model loads what of quantization, adapter and moving reference cannot be.
+
+    Raises:
+        ModelError: names in `skip` that no module has; an adapter of another base.
+        RecipeError: a moving reference that the loss does not read.
+    """
+    policy, reference = policy_source(recipe), reference_source(recipe)
+    for where, source in (("model.quantization.skip", policy), ("reference.quantization.skip", reference)):
+        details = quantization_details(source.quantization)
+        if details.type != "none":
+            skipped_layers(load_config(source), details.skip, where=where)
+    pretrained = adapter_source(recipe)
+    if pretrained is not None:
+        refuse_another_base(pretrained, policy)
+    if recipe.reference.sync is not None and not loss.needs.reference:
+        fix = "remove reference.sync, or choose a loss with a reference"
+        given = f"{loss.name}, which reads no reference"
+        raise RecipeError(Problem("reference.sync", "a loss that reads the reference", given, fix))
+
+
 def policy_source(recipe: Recipe) -> ModelSource:
-    """Where the policy's weights come from and how they are held while it trains."""
+    """Where the policy's weights come from and how they are held while it trains; its adapter is not among them."""
+    quantization = recipe.model.quantization
     return ModelSource(
-        recipe.model.path,
-        recipe.model.revision,
-        _held_in(recipe),
-        recipe.model.quantization,
-        compute_dtype(recipe.train.precision),
+        recipe.model.path, recipe.model.revision, _held_in(recipe), quantization, _expanded_to(recipe, quantization)
     )
 
 
+def adapter_source(recipe: Recipe) -> AdapterSource | None:
+    """Where the adapter comes from that training goes on from; None for a fresh one or none."""
+    adapter = recipe.adapter
+    return AdapterSource(adapter.path, adapter.revision) if adapter is not None and adapter.path is not None else None
+
+
 def reference_source(recipe: Recipe) -> ModelSource:
-    """Where the reference's weights come from: the policy's initial ones unless the recipe names others."""
-    if recipe.reference.model is None:
-        path, revision, key = recipe.model.path, recipe.model.revision, "model"
-    else:
-        path, revision, key = recipe.reference.model, recipe.reference.revision, "reference.model"
-    compute = compute_dtype(recipe.train.precision)
-    return ModelSource(path, revision, _held_in(recipe), recipe.reference.quantization, compute, key)
+    """Where the reference's weights come from: the policy's initial ones unless the recipe names others.
+
+    The policy's own start includes the adapter that training goes on from.
+    """
+    named, policy = recipe.reference, recipe.model
+    quantization = named.quantization
+    compute, held = _expanded_to(recipe, quantization), _held_in(recipe)
+    if named.model is None:
+        return ModelSource(policy.path, policy.revision, held, quantization, compute, "model", adapter_source(recipe))
+    own = (named.model, named.revision) == (policy.path, policy.revision)
+    adapter = adapter_source(recipe) if own else None
+    return ModelSource(named.model, named.revision, held, quantization, compute, "reference.model", adapter)
+
+
+def _expanded_to(recipe: Recipe, quantization: Quantization) -> torch.dtype:
+    """The dtype that quantized weights are expanded to; `auto` is that of `train.precision`."""
+    compute = quantization_details(quantization).compute
+    return compute_dtype(recipe.train.precision) if compute == "auto" else DTYPES[compute]
 
 
 def _held_in(recipe: Recipe) -> torch.dtype:

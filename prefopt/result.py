@@ -14,6 +14,7 @@ from prefopt.errors import ModelError, Problem
 from prefopt.export import merge_adapter
 from prefopt.forward import Scorer, plain_attention
 from prefopt.models import mend_generation_settings, quiet_transformers
+from prefopt.reference.certificate_table import sentence
 from prefopt.run import Run
 from prefopt.run_folder import RESULT, SAMPLES, conventions, write_json, write_lines, write_text
 
@@ -72,7 +73,9 @@ def _reference_part(run: Run, step_zero: dict[str, Any] | None) -> dict[str, Any
     return {
         "model": run.recipe.reference.model or run.recipe.model.path,
         "fingerprint": reference.identity.fingerprint if reference.identity else None,
-        "quantization": run.recipe.reference.quantization,
+        "quantization": str(run.recipe.reference.quantization),
+        "adapter": reference.source.adapter.path if reference.source.adapter is not None else None,
+        "sync": reference.sync_facts(run.state.step),
         "cache": run.recipe.reference.cache,
         "cache_hits": report.hits,
         "cache_misses": report.misses,
@@ -80,7 +83,14 @@ def _reference_part(run: Run, step_zero: dict[str, Any] | None) -> dict[str, Any
         "seconds": report.seconds,
         "max_abs_error": compared["max_abs_error"] if compared else None,
         "max_margin_error": compared["max_margin_error"] if compared else None,
+        "certificate": _certificate_part(run),
     }
+
+
+def _certificate_part(run: Run) -> dict[str, Any] | None:
+    """What is known of a quantized reference's error, and what that does to this run's loss."""
+    certificate, loss = run.reference.certificate, run.prepared.loss
+    return None if certificate is None else {"sentence": sentence(certificate, loss), **certificate.summary(loss)}
 
 
 def save_model(run: Run, result: dict[str, Any]) -> None:

@@ -204,7 +204,7 @@ def refuse_misfits(recipe: Recipe, prepared: Prepared) -> None:
     """Raise RecipeError with every key that the data and the length of the run make impossible."""
     planner = make_planner(prepared, token_budget=1)  # no budget changes the number of steps
     total = planner.total_steps(epochs=recipe.train.epochs, max_steps=recipe.train.max_steps)
-    problems = [*_unknown_best(recipe, prepared), *_endless_warmup(recipe, total)]
+    problems = [*_unknown_best(recipe, prepared), *_endless_warmup(recipe, total), *_resting_reference(recipe, total)]
     if problems:
         raise RecipeError(problems)
 
@@ -234,3 +234,11 @@ def _endless_warmup(recipe: Recipe, total: int) -> Iterator[Problem]:
     if warmup > total:
         fix = "train.warmup=0.1 is a tenth of the run; with this one the peak learning rate is never reached"
         yield Problem("train.warmup", f"at most the {total} steps of the run", f"{warmup} steps", fix)
+
+
+def _resting_reference(recipe: Recipe, total: int) -> Iterator[Problem]:
+    sync = recipe.reference.sync
+    if sync is not None and sync.every > total:
+        expected = f"at most the {total} steps of the run: the reference would never move"
+        fix = "lower reference.sync.every, or remove reference.sync"
+        yield Problem("reference.sync.every", expected, f"{sync.every} steps", fix)

@@ -143,6 +143,7 @@ def input_hashes(recipe: Recipe) -> dict[str, str]:
     listed = [[source] if isinstance(source, str) else source for source in sources if source is not None]
     data = [one if isinstance(one, str) else one.path for group in listed for one in group]
     models = [recipe.model.path, *([recipe.reference.model] if recipe.reference.model else [])]
+    models += [recipe.adapter.path] if recipe.adapter is not None and recipe.adapter.path else []
     own = recipe.output_folder().resolve()
     hashes = {}
     for text, patterns in [*((one, ("**/*",)) for one in data), *((one, MODEL_FILES) for one in models)]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from prefopt.checkpoint import save_checkpoint
+from prefopt.checkpoint import checkpoint_steps, save_checkpoint
 from prefopt.errors import Interrupted
 from prefopt.evaluate import measure, reference_samples
 from prefopt.gradients import accumulate_gradients, not_finite
@@ -59,13 +59,16 @@ def run_training(recipe: Recipe, console: Console) -> dict[str, Any]:
         if folder.result is not None:
             screen.already_finished(folder)
             return folder.result
-        with accelerator.main_process_first():  # the others find data and log-probs in the caches
+        with accelerator.main_process_first():  # the others find the data in the cache
             prepared = prepare(recipe, quiet=not screen.console.is_terminal)
             screen.data(prepared)
             refuse_misfits(recipe, prepared)
-            reference = open_reference(prepared, screen.console)
-            screen.reference(reference)
+        reference = open_reference(prepared, screen.console)  # all of them score what the cache lacks
+        screen.reference(reference)
+        if reference.remark:
+            screen.named("", reference.remark)
         run = set_up(recipe, folder, prepared, reference, accelerator, screen)
+        _put_moving_reference_back(run)
         return _run(run, folder)
     finally:
         folder.release()
@@ -80,17 +83,28 @@ def _run(run: Run, folder: RunFolder) -> dict[str, Any]:
     finally:
         if run.tracker is not None:
             run.tracker.close()
+    run.reference.release()
     return finish_run(run, step_zero=zero, peak_memory=peak_memory())
+
+
+def _put_moving_reference_back(run: Run) -> None:
+    """Give a resumed run the reference of its checkpoint, and remove what a kill left beyond it."""
+    moving = run.reference.moving
+    if moving is None:
+        return
+    moving.load(run.folder, run.state.step)
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        moving.forget(run.folder, checkpoint_steps(run.folder))
 
 
 def _look_before(run: Run) -> dict[str, Any] | None:
     """Hold the untouched policy against the reference and let the reference write; returns the step-0 figures."""
     file = run.folder / STEP_ZERO
-    name, dataset = next(iter(run.prepared.read_by_reference()), ("", None))
-    logps = run.reference.logps.get(name)
-    if run.state.step == 0 and logps is not None and dataset is not None:
-        zero = step_zero(run.scorer, dataset, logps, precision=run.recipe.train.precision)
-        run.screen.named("step 0", check_step_zero(run.recipe, zero))
+    read = run.reference.first_read()
+    if run.state.step == 0 and read is not None:
+        zero = step_zero(run.scorer, *read, precision=run.recipe.train.precision)
+        run.screen.named("step 0", check_step_zero(run.recipe, zero, run.reference.certificate))
         if run.accelerator.is_main_process:
             write_json(file, zero.as_dict())
     if run.evaluator is not None:
@@ -117,6 +131,8 @@ def _loop(run: Run) -> None:
             )  # fmt: skip
             norm = _optimizer_step(run, plan, rate, sums)
             step, stopping = number + 1, _anyone_stops(run)
+            if run.reference.moving is not None:
+                run.reference.moving.after_step(step)
             if step % recipe.tracking.every == 0 or step == total or stopping:
                 _log(run, step, sums, rate, norm)
                 sums = MetricSums(run.accelerator.device)
@@ -221,8 +237,12 @@ def _save(run: Run) -> None:
     """Write a checkpoint of weights that are known to be finite."""
     _require_finite(run)
     if run.accelerator.is_main_process:
-        keep = run.recipe.checkpoint.keep
+        keep, moving = run.recipe.checkpoint.keep, run.reference.moving
+        if moving is not None:  # before the checkpoint that needs it
+            moving.save(run.folder, run.state.step)
         save_checkpoint(run.folder, run.scorer, run.optimizer, run.state, run.resolved, keep=keep)
+        if moving is not None:
+            moving.forget(run.folder, checkpoint_steps(run.folder))
     run.accelerator.wait_for_everyone()
 
 

@@ -9,8 +9,9 @@ import torch
 from tiny import tiny_model
 from world import make_model
 
+from prefopt.adapters import add_lora
 from prefopt.errors import ModelError
-from prefopt.models import ModelSource, add_lora, load_model, load_tokenizer, switch_off_dropout
+from prefopt.models import ModelSource, load_model, load_tokenizer, switch_off_dropout
 
 
 def refusal(call, *arguments):

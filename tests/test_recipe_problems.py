@@ -172,7 +172,9 @@ def test_quantized_weights_need_an_adapter_and_the_same_reference() -> None:
         ].expected
     )
     qlora = {"model": {"path": "a/b", "quantization": "nf4"}, "adapter": {}}
-    assert problems_with(**qlora)["reference.quantization"].fix == "set reference.quantization=nf4"
+    refused = problems_with(**qlora)["reference.quantization"]
+    assert refused.fix.startswith("set reference.quantization=nf4; or leave the policy unquantized")
+    assert "tenths of a nat" in refused.given
     assert list(problems_with(**qlora, reference={"quantization": "int8"})) == ["reference.quantization"]
     assert list(problems_with(**qlora, reference={"model": "a/b"})) == ["reference.quantization"]
     recipe_from_mapping({**RIGHT, **qlora, "reference": {"quantization": "nf4"}})

@@ -22,6 +22,7 @@ from prefopt.prepare import prepare, reference_source
 from prefopt.reference.cache import HALF_STEP, KEY_BYTES, ReferenceCache, ScoredRows, text_key
 from prefopt.reference.commands import build_cache, cache_info, verify_cache
 from prefopt.reference.identity import identify
+from prefopt.reference.keys import dataset_keys
 from prefopt.reference.opening import cached_reference, load_reference, open_cache
 
 
@@ -112,8 +113,7 @@ def test_the_first_writer_of_a_shard_wins(cache):
 def test_a_full_disk_leaves_no_partial_shard_and_says_so(cache, monkeypatch):
     cache.commit(rows(5))
     monkeypatch.setattr(
-        cache_room.os,
-        "fsync",
+        "os.fsync",
         lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")),
     )
     with pytest.raises(CacheError, match="No space left"):
@@ -193,7 +193,7 @@ def test_a_new_row_costs_its_completions_and_nothing_else_costs_anything(tmp_pat
 
 
 def test_a_build_that_is_killed_goes_on_from_its_last_shard(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "BATCHES_PER_SHARD", 2)
+    monkeypatch.setattr(build, "COMMIT_SECONDS", 0.0)
     budget = {"reference": {"token_budget": 40, "cache": str(tmp_path / "cache")}}
     commit, written = ReferenceCache.commit, []
 
@@ -238,7 +238,7 @@ def test_verify_finds_log_probs_that_are_not_the_references(tmp_path):
     build_cache(recipe, quiet())
     cache = open_cache(recipe)
     prepared = prepare(recipe, quiet=True)
-    keys, _ = build.dataset_keys(prepared.data.train)
+    keys, _ = dataset_keys(prepared.data.train)
     _, sums, tokens = cache.lookup(keys)
     for shard in cache.folder.glob("*.parquet"):
         shard.unlink()

@@ -198,7 +198,105 @@ def info(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     cache_info(loaded, console())
 
 
-app.add_typer(cache, name="cache", help="Build, verify or inspect the reference cache.")
+@cache.command("list")
+def list_caches() -> None:
+    """List the caches of this user: size and last use."""
+    from prefopt.cli.printing import console
+    from prefopt.reference.storage_commands import list_caches
+
+    list_caches(console())
+
+
+@cache.command(context_settings=TAKES_OVERRIDES)
+def compact(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Merge small shards into few large ones."""
+    loaded = _loaded(recipe, overrides)
+
+    from prefopt.cli.printing import console
+    from prefopt.reference.storage_commands import compact_cache
+
+    compact_cache(loaded, console())
+
+
+@cache.command()
+def prune(
+    recipes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE]...", help="Keep what these recipes need; drop the rest of their caches."),
+    ] = None,
+    unused: Annotated[
+        str | None, typer.Option(metavar="DAYSd", help="Remove whole caches not used for so long: 90d.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Drop completions that recipes do not need, or caches that nobody uses."""
+    loaded = [_loaded(recipe, None) for recipe in recipes or ()]
+    if bool(loaded) == (unused is not None):
+        raise typer.BadParameter("name recipes whose completions stay, or --unused 90d")
+
+    from prefopt.cli.printing import console
+    from prefopt.reference.storage_commands import prune_cache, prune_unused
+
+    if unused is not None:
+        prune_unused(unused, console(), dry_run=dry_run)
+    else:
+        prune_cache(loaded, console(), dry_run=dry_run)
+
+
+FileArgument = Annotated[
+    str, typer.Argument(metavar="FILE", help="A path, or a URL that fsspec opens: s3://bucket/cache.tar")
+]
+ElsewhereArgument = Annotated[
+    str,
+    typer.Argument(metavar="WHERE", help="OWNER/NAME of a dataset on the hub, or a folder's URL: s3://bucket/cache"),
+]
+
+
+@cache.command("export", context_settings=TAKES_OVERRIDES)
+def export_cache(recipe: RecipeArgument, target: FileArgument, overrides: Overrides = None) -> None:
+    """Write a cache as one file with checksums."""
+    loaded = _loaded(recipe, overrides)
+
+    from prefopt.cli.printing import console
+    from prefopt.reference.storage_commands import export_to
+
+    export_to(loaded, target, console())
+
+
+@cache.command("import", context_settings=TAKES_OVERRIDES)
+def import_cache(recipe: RecipeArgument, source: FileArgument, overrides: Overrides = None) -> None:
+    """Take what a cache lacks from an exported file."""
+    loaded = _loaded(recipe, overrides)
+
+    from prefopt.cli.printing import console
+    from prefopt.reference.storage_commands import import_from
+
+    import_from(loaded, source, console())
+
+
+@cache.command(context_settings=TAKES_OVERRIDES)
+def push(recipe: RecipeArgument, target: ElsewhereArgument, overrides: Overrides = None) -> None:
+    """Send what the hub or a URL lacks; a new repository is private."""
+    loaded = _loaded(recipe, overrides)
+
+    from prefopt.cli.printing import console
+    from prefopt.reference.storage_commands import push_to
+
+    push_to(loaded, target, console())
+
+
+@cache.command(context_settings=TAKES_OVERRIDES)
+def pull(recipe: RecipeArgument, source: ElsewhereArgument, overrides: Overrides = None) -> None:
+    """Take what a cache lacks from the hub or a URL."""
+    loaded = _loaded(recipe, overrides)
+
+    from prefopt.cli.printing import console
+    from prefopt.reference.storage_commands import pull_from
+
+    pull_from(loaded, source, console())
+
+
+app.add_typer(cache, name="cache", help="Build, verify, move or clear the reference cache.")
 
 
 def _loaded(recipe: str, overrides: list[str] | None) -> Recipe:

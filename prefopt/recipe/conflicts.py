@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic_core import PydanticCustomError
 
 from prefopt.errors import Problem
+from prefopt.recipe.quantization import quantization_details
 
 if TYPE_CHECKING:
     from prefopt.recipe.schema import Recipe
@@ -29,6 +30,8 @@ def refuse_conflicts(recipe: Recipe) -> None:
         *_length_of_run(recipe),
         *_endless_warmup(recipe),
         *_quantization(recipe),
+        *_shape_of_a_pretrained_adapter(recipe),
+        *_moving_reference(recipe),
         *_placeholders(recipe),
         *_best_checkpoint(recipe),
         *_revision_of_nothing(recipe),
@@ -76,12 +79,90 @@ def _quantization(recipe: Recipe) -> Iterator[Conflict]:
     if reference != policy and _reference_is_initial_policy(recipe):
         problem = Problem(
             "reference.quantization",
-            f"{policy}, as model.quantization: the reference is the policy's own start, "
-            "and another quantization would make the first margins wrong",
-            reference,
-            f"set reference.quantization={policy}",
+            f"{policy}, as model.quantization: the reference is the policy's own start",
+            f"{reference}: the margins of the first step, which should be 0, would be {_first_margins(recipe)}",
+            f"set reference.quantization={policy}; or leave the policy unquantized and quantize only the reference, "
+            "whose error the run then measures and reference.max_margin_error bounds",
         )
         yield Conflict(("model.quantization", "reference.quantization", "reference.model"), problem)
+
+
+def _first_margins(recipe: Recipe) -> str:
+    """Say in words what differently quantized weights do to the margins before the first step."""
+    policy = quantization_details(recipe.model.quantization)
+    reference = quantization_details(recipe.reference.quantization)
+    if policy.type != reference.type:
+        coarser = next(word for word in ("fp4", "nf4", "int8") if word in (policy.type, reference.type))
+        size = "tenths of a nat up to nats" if coarser in ("fp4", "nf4") else "hundredths up to tenths of a nat"
+        finer = reference.type if coarser == policy.type else policy.type
+        return f"the error of {coarser} against {finer}, {size} per pair"
+    if policy.skip != reference.skip:
+        either = ", ".join(sorted(set(policy.skip) ^ set(reference.skip)))
+        return f"the quantization error of what only one of them skips ({either})"
+    if policy.double != reference.double:
+        return "the rounding of the scales by double quantization, a fiftieth of the error of 4 bit itself"
+    return "the rounding of the coarser compute dtype"
+
+
+OWN_SHAPE = ("rank", "alpha", "targets")
+"""Keys that a pretrained adapter answers itself."""
+
+
+def _shape_of_a_pretrained_adapter(recipe: Recipe) -> Iterator[Conflict]:
+    adapter = recipe.adapter
+    if adapter is None:
+        return
+    if adapter.path is None and adapter.revision is not None:
+        fix = "set adapter.path, or remove adapter.revision"
+        problem = Problem("adapter.revision", "a revision only of an adapter that is named", adapter.revision, fix)
+        yield Conflict(("adapter.revision", "adapter.path"), problem)
+    for key in OWN_SHAPE if adapter.path is not None else ():
+        if key in adapter.model_fields_set:
+            expected = f"nothing beside adapter.path: the adapter there has its own {key}"
+            fix = f"remove it; adapter={{path: {adapter.path}}} replaces the whole section"
+            problem = Problem(f"adapter.{key}", expected, str(getattr(adapter, key)), fix)
+            yield Conflict((f"adapter.{key}", "adapter.path"), problem)
+
+
+def _moving_reference(recipe: Recipe) -> Iterator[Conflict]:
+    """A reference that follows the policy starts as the policy, in weights that can move, and is in no cache."""
+    reference, sync = recipe.reference, recipe.reference.sync
+    if sync is None:
+        return
+    if sync.mix > 1:
+        fix = "reference.sync.mix=0.6; 1 replaces the reference by the policy"
+        problem = Problem("reference.sync.mix", "a share above 0 and at most 1", f"{sync.mix:g}", fix)
+        yield Conflict(("reference.sync.mix",), problem)
+    if recipe.train.max_steps is not None and sync.every > recipe.train.max_steps:
+        expected = f"at most the {recipe.train.max_steps} steps of the run: the reference would never move"
+        fix = "lower reference.sync.every, or remove reference.sync"
+        problem = Problem("reference.sync.every", expected, f"{sync.every} steps", fix)
+        yield Conflict(("reference.sync.every", "train.max_steps"), problem)
+    if reference.cache not in ("auto", "off"):
+        expected = f"auto or off: the reference moves every {sync.every} steps, so no cache can hold its log-probs"
+        fix = (
+            "remove reference.cache (auto keeps what the evaluation reads of the initial reference), or reference.sync"
+        )
+        problem = Problem("reference.cache", expected, reference.cache, fix)
+        yield Conflict(("reference.cache", "reference.sync"), problem)
+    if not _reference_is_initial_policy(recipe):
+        expected = "nothing, or the policy's own model: a reference that mixes in the policy starts as the policy"
+        fix = "remove reference.model, or reference.sync"
+        yield Conflict(("reference.model", "reference.sync"),
+                       Problem("reference.model", expected, str(reference.model), fix))  # fmt: skip
+    elif reference.quantization != recipe.model.quantization:
+        yield Conflict(("reference.quantization", "model.quantization", "adapter", "reference.sync"),
+                       _immovable_weights(recipe))  # fmt: skip
+
+
+def _immovable_weights(recipe: Recipe) -> Problem:
+    policy, reference = recipe.model.quantization, recipe.reference.quantization
+    if recipe.adapter is None:
+        expected = "none: a sync writes into all weights of the reference, and 8-bit and 4-bit weights hold no mixture"
+        fix = "remove reference.quantization; or train an adapter on a base that is quantized for both"
+        return Problem("reference.quantization", expected, str(reference), fix)
+    expected = f"{policy}, as model.quantization: the moving reference is the policy's base with a second adapter"
+    return Problem("reference.quantization", expected, str(reference), f"set reference.quantization={policy}")
 
 
 def _reference_is_initial_policy(recipe: Recipe) -> bool:
@@ -144,12 +225,10 @@ def _margin_error_of_nothing(recipe: Recipe) -> Iterator[Conflict]:
     given = ""
     if reference.quantization == "none":
         given = "the reference is not quantized"
-    elif not _reference_is_initial_policy(recipe):
-        given = f"the reference is {reference.model}, whose full precision the run never computes"
-    elif recipe.model.quantization == reference.quantization:
+    elif _reference_is_initial_policy(recipe) and recipe.model.quantization == reference.quantization:
         given = "policy and reference are quantized alike, so there is no error between them"
     if given:
-        expected = "a quantized reference of the unquantized initial policy: its error is what the limit is about"
+        expected = "a quantized reference of an unquantized policy: its error is what the limit is about"
         problem = Problem("reference.max_margin_error", expected, given, "remove reference.max_margin_error")
         yield Conflict(("reference.max_margin_error", "reference.quantization", "reference.model"), problem)
 

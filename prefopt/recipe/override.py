@@ -9,7 +9,13 @@ from typing import Any
 from prefopt.errors import Problem, RecipeError
 from prefopt.recipe.text import parse_yaml
 
-SHORTHANDS = {"model": "path", "loss": "name", "train.optimizer": "name"}
+SHORTHANDS = {
+    "model": "path",
+    "loss": "name",
+    "train.optimizer": "name",
+    "model.quantization": "type",
+    "reference.quantization": "type",
+}
 """Keys that may be written as a bare word, and the key of a mapping that the word stands for."""
 LISTS = {"data.train": "path", "data.eval": "path", "loss": "name"}
 """Keys that may be a list of bare words, and the key that such a word stands for."""

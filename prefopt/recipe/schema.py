@@ -9,29 +9,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from prefopt.recipe.conflicts import refuse_conflicts
+from prefopt.recipe.conflicts import OWN_SHAPE, refuse_conflicts
 from prefopt.recipe.loss import LossInput, build_loss, normal_loss, written_loss
+from prefopt.recipe.quantization import Quantization
+from prefopt.recipe.section import Section, Text
 from prefopt.recipe.text import dump_yaml
 
 if TYPE_CHECKING:
     from prefopt_losses import Loss
 
-Quantization = Literal["none", "int8", "nf4", "fp4"]
-Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 ShareOrSteps = Share | Count
 Auto = Literal["auto"]
-
-
-class Section(BaseModel):
-    """A mapping of the recipe: frozen, unknown keys refused, nothing converted behind the user's back."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class ModelRecipe(Section):
@@ -44,7 +43,7 @@ class ModelRecipe(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """How the weights are loaded; `auto` follows `train.precision`."""
     quantization: Quantization = "none"
-    """Quantize the base weights (bitsandbytes). Needs an `adapter`: quantized weights cannot be trained."""
+    """Quantize the base weights: a format, or a mapping. Needs an `adapter`: quantized weights cannot be trained."""
     attention: Literal["auto", "shared", "unshared"] = "auto"
     """`shared` encodes a prompt once for all its completions; `unshared` uses one row per completion."""
 
@@ -54,6 +53,11 @@ class AdapterRecipe(Section):
 
     type: Literal["lora"] = "lora"
     """The kind of adapter."""
+    path: Text | None = None
+    """Go on training this adapter (folder or hub name), with its own rank, alpha and targets; a frozen copy of it
+    is the reference."""
+    revision: str | None = None
+    """Branch, tag or commit of `path` on the hub."""
     rank: Count = 16
     """Inner dimension of the update."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
@@ -65,6 +69,11 @@ class AdapterRecipe(Section):
     merge: bool = False
     """Also write the merged model at the end."""
 
+    @model_serializer(mode="wrap")
+    def _only_what_holds(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        mapping: dict[str, Any] = whole(self)
+        return {key: value for key, value in mapping.items() if self.path is None or key not in OWN_SHAPE}
+
 
 class Source(Section):
     """One source of preference data among several."""
@@ -75,7 +84,7 @@ class Source(Section):
     """0.5 takes a random half of its rows, 2 takes every row twice."""
     split: str | None = None
     """Split of this source; where absent, `data.split` to train on, an evaluation split to evaluate on."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default={})
     """Column names of this source; `data.columns` where absent."""
 
 
@@ -95,11 +104,11 @@ class DataRecipe(Section):
     """Longest prompt plus completion, in tokens."""
     truncation: Literal["completion", "prompt", "drop"] = "completion"
     """What gives way in a longer row: the end of the completion, the start of the prompt, or the row."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default={})
     """The data's own column names, by role: `{chosen: my_best_answer}`; the roles stand in `docs/data.md`."""
     split: str | None = None
     """Split to train on; needed only where the data leave a choice."""
-    filter: dict[str, Any] = {}
+    filter: dict[str, Any] = Field(default={})
     """Keep the rows whose columns fit: a value, a list of values, or `{score: ">= 0.6"}`."""
     group_by_prompt: bool = False
     """Bring the pairs of one prompt together, so that the prompt is computed once for all of them."""
@@ -111,6 +120,15 @@ class DataRecipe(Section):
     """Processes that tokenize; where absent, as many as is sensible for this machine."""
 
 
+class SyncRecipe(Section):
+    """A reference that follows the policy (TR-DPO): every so many steps, ref <- mix * policy + (1 - mix) * ref."""
+
+    every: Count = 512
+    """Optimizer steps between two syncs."""
+    mix: Annotated[float, Field(gt=0)] = 0.6
+    """Share of the policy in the new reference, at most 1; 1 replaces the reference by the policy."""
+
+
 class ReferenceRecipe(Section):
     """The model that the policy is measured against; paid for once and cached by content."""
 
@@ -119,13 +137,15 @@ class ReferenceRecipe(Section):
     revision: str | None = None
     """Branch, tag or commit of `model`."""
     quantization: Quantization = "none"
-    """Quantize the reference (bitsandbytes): for building a cache of a model that does not fit."""
+    """Quantize the reference, a format or a mapping: for building a cache of a model that does not fit."""
     cache: Text = "auto"
     """A folder, `auto` for the shared one of this user, or `off` to compute the reference in every step."""
     max_margin_error: Annotated[float, Field(gt=0)] | None = None
-    """Refuse a quantized reference whose error per margin exceeds this, in nats."""
+    """Refuse a quantized reference whose error per margin exceeds this, in nats, for more than 5 % of the pairs."""
     token_budget: Auto | Count = "auto"
     """Computed tokens per batch while the cache is built."""
+    sync: SyncRecipe | None = None
+    """Let the reference follow the policy; it is then computed in every step, for no cache can hold it."""
 
 
 class OptimizerRecipe(Section):

@@ -1,4 +1,4 @@
-"""Scoring what the cache does not hold: longest texts first, prompts shared, one shard every so many batches."""
+"""Scoring what the cache does not hold: planned once, claimed batch by batch, committed in groups of whole batches."""
 
 from __future__ import annotations
 
@@ -7,15 +7,34 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rich.progress import Progress
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
-from prefopt.batching import RaggedBatch, make_batch, needed_completions
-from prefopt.data.groups import GroupDataset, PromptGroup
+from prefopt.batching import RaggedBatch, make_batch
+from prefopt.data.groups import PromptGroup
+from prefopt.errors import ModelError, Problem
 from prefopt.forward import Scorer, score
-from prefopt.reference.cache import ReferenceCache, ScoredRows, text_key
+from prefopt.memory import free_models
+from prefopt.reference.build_plan import (
+    BuildPlan,
+    Texts,
+    Wanted,
+    agreed_plan,
+    distinct_texts,
+    planned_groups,
+    remove_stale_plans,
+)
+from prefopt.reference.build_progress import BuildProgress
+from prefopt.reference.cache import ReferenceCache, ScoredRows
+from prefopt.reference.claims import Claims, Worker
+from prefopt.reference.keys import Keys
 
-BATCHES_PER_SHARD = 64
-"""What a kill can lose, against the number of shards: about half a million tokens at the usual budget."""
+COMMIT_SECONDS = 20.0
+"""Work between two commits: what a kill loses, with the batch that was being computed."""
+COMMIT_TOKENS = 4_000_000
+"""Completion tokens between two commits at most: 8 MB of 16-bit log-probs in memory."""
+WAIT_SECONDS = 0.5
+"""Between two looks at what other processes have committed."""
 
 
 @dataclass(frozen=True)
@@ -25,169 +44,248 @@ class BuildReport:
     hits: int
     """Completions that the cache already held."""
     misses: int
-    """Completions scored now."""
+    """Completions that it lacked and holds now."""
     tokens: int
-    """Completion tokens scored now."""
+    """Completion tokens of those."""
     computed_tokens: int
     """Tokens computed for them, prompts included."""
     seconds: float
-
-    def __add__(self, other: BuildReport) -> BuildReport:
-        mine, theirs = vars(self), vars(other)
-        return BuildReport(**{name: mine[name] + theirs[name] for name in mine})
-
-
-@dataclass(frozen=True)
-class _Missing:
-    """A group's completions that no shard holds."""
-
-    group: int
-    completions: tuple[int, ...]
-    size: int
-    """Computed tokens."""
-
-
-def dataset_keys(dataset: GroupDataset, *, rejected: bool = True) -> tuple[list[bytes], np.ndarray]:
-    """Keys of every completion, group after group, and which of them a run needs.
-
-    Returns:
-        keys (completions,), needed (completions,) bool: those that a comparison names as chosen or, with `rejected`,
-        as rejected; no loss reads the reference of gold completions.
-    """
-    keys: list[bytes] = []
-    needed: list[bool] = []
-    for number in range(len(dataset)):
-        group = dataset[number]
-        wanted = set(needed_completions(group.comparisons, rejected=rejected))
-        for index, completion in enumerate(group.completions):
-            keys.append(text_key(group.prompt, completion))
-            needed.append(index in wanted)
-    return keys, np.asarray(needed, dtype=bool)
+    own_tokens: int = 0
+    """Tokens computed by this process; fewer than `computed_tokens` where others took part."""
 
 
 def fill_cache(
     cache: ReferenceCache,
-    dataset: GroupDataset,
-    keys: Sequence[bytes],
-    needed: np.ndarray,
+    wanted: Sequence[Wanted],
     *,
     scorer: Callable[[], Scorer],
     precision: str,
     token_budget: int,
-    progress: Progress | None = None,
+    worker: Worker | None = None,
+    progress: BuildProgress | None = None,
 ) -> BuildReport:
-    """Score and commit the completions that the cache lacks.
+    """Score and commit the completions that the cache lacks, alone or with other processes.
 
     Args:
         cache: where they go.
-        dataset: the groups.
-        keys: of every completion of the dataset, in order.
-        needed: (completions,) which of them this run needs.
+        wanted: what a run asks of its datasets; a text that several of them hold is scored once.
         scorer: gives the reference; called only when something is missing.
         precision: as in `train.precision`: the reference is computed in the regime of the policy.
         token_budget: computed tokens per batch.
+        worker: which of the processes of one launch this is; processes that know nothing of each other share the
+            work all the same.
         progress: where to show progress.
 
     Returns:
-        What was found and what was scored. A build that is killed goes on from its last shard.
+        What was found and what was scored, when everything is in the cache. A build that is killed goes on from its
+        last commit, with the same batches.
     """
     began = time.perf_counter()
-    unique = {key: None for key, wanted in zip(keys, needed) if wanted}
-    missing = _missing(cache, dataset, keys, needed)
-    misses = sum(len(part.completions) for part in missing)
-    total = sum(part.size for part in missing)
-    tokens = 0
-    task = None
-    if progress is not None and misses:
-        progress.console.print(f"scoring {misses:,} completions with the reference ({total:,} tokens to compute)")
-        task = progress.add_task("reference log-probs", total=total)
-    if missing:
-        plan = _plan(missing, token_budget)
-        batches = _batches(dataset, plan)
-        collected = _Collected()
-        for number, (batch, result) in enumerate(score(scorer(), batches, precision=precision), start=1):
-            assert result.tokens is not None  # a scorer always has them
-            collected.add(batch, result.sums.cpu().numpy(), result.tokens.float().cpu().numpy())
-            tokens += int(batch.completion_lengths.sum())
-            if task is not None and progress is not None:
-                progress.advance(task, batch.tokens)
-            if number % BATCHES_PER_SHARD == 0 or number == len(plan):
-                cache.commit(collected.rows())
-                collected = _Collected()
-    if task is not None and progress is not None:
-        progress.remove_task(task)
-    return BuildReport(len(unique) - misses, misses, tokens, total, time.perf_counter() - began)
+    if not wanted:
+        return BuildReport(0, 0, 0, 0, 0.0)
+    texts = distinct_texts(wanted)
+    missing = _missing(cache, texts)
+    misses, computed, own = int(missing.sum()), 0, 0
+    tokens = int(texts.tokens[missing].sum())
+    if misses:
+        remove_stale_plans(cache.folder)
+    while missing.any():  # a second time only where a plan of earlier days knew less than is missing now
+        shared = scorer().layout == "shared"
+        plan = agreed_plan(cache.folder, texts, missing, token_budget=token_budget, shared=shared)
+        build = _Build(cache, wanted, texts, plan, scorer(), precision, worker or Worker(), progress)
+        build.run()
+        computed, own = computed + build.planned, own + build.own
+        missing = _missing(cache, texts)
+    return BuildReport(len(texts) - misses, misses, tokens, computed, time.perf_counter() - began, own)
 
 
-def _missing(cache: ReferenceCache, dataset: GroupDataset, keys: Sequence[bytes], needed: np.ndarray) -> list[_Missing]:
-    """Group by group, the completions that are needed, not cached and not asked for earlier."""
-    found, _, _ = cache.lookup(keys)
-    absent = needed & ~found
-    seen: set[bytes] = set()
-    missing = []
-    begin = 0
-    for number in range(len(dataset)):
-        lengths = dataset.completion_lengths(number)
-        end = begin + len(lengths)
-        fresh = [i for i in range(len(lengths)) if absent[begin + i] and keys[begin + i] not in seen]
-        seen.update(keys[begin + i] for i in fresh)
-        if fresh:
-            size = int(dataset.prompt_lengths[number]) + sum(int(lengths[i]) - 1 for i in fresh)
-            missing.append(_Missing(number, tuple(fresh), size))
-        begin = end
-    return missing
+def _missing(cache: ReferenceCache, texts: Texts) -> np.ndarray:
+    """(texts,) bool, what the cache lacks now."""
+    cache.refresh()
+    return ~cache.lookup(texts.keys)[0]
 
 
-def _plan(missing: Sequence[_Missing], token_budget: int) -> list[list[_Missing]]:
-    """Longest first, neighbours in length together, each batch filled to the budget."""
-    plan: list[list[_Missing]] = []
-    room = 0
-    for part in sorted(missing, key=lambda part: -part.size):
-        if part.size > room:
-            plan.append([])
-            room = token_budget
-        plan[-1].append(part)
-        room -= part.size
-    return plan
+class _Build:
+    """One process's part in one plan."""
+
+    def __init__(
+        self,
+        cache: ReferenceCache,
+        wanted: Sequence[Wanted],
+        texts: Texts,
+        plan: BuildPlan,
+        scorer: Scorer,
+        precision: str,
+        worker: Worker,
+        progress: BuildProgress | None,
+    ) -> None:
+        self.cache, self.wanted, self.texts, self.plan = cache, wanted, texts, plan
+        self.scorer, self.precision, self.worker, self.progress = scorer, precision, worker, progress
+        self.claims = Claims(plan.claims)
+        preferred = worker.preferred(len(plan))
+        committed = self._committed(preferred)
+        self.open = [batch for batch in preferred if batch not in committed]
+        """Batches that are not known to be committed, in the order in which this process would take them."""
+        self.planned = int(plan.sizes[self.open].sum())
+        self.own = 0
+        self.seconds = 0.0
+        """Time in which this process computed its `own` tokens."""
+        self.limit: int | None = None
+        """Computed tokens that fit the memory, once a batch did not."""
+
+    def run(self) -> None:
+        """Score until everything in the plan is committed, by whichever process."""
+        if self.open and self.progress is not None:
+            completions = sum(len(self.plan.texts(batch)) for batch in self.open)
+            self.progress.start(completions=completions, tokens=self.planned)
+        try:
+            while self.open:
+                taken = self._take()
+                if taken:
+                    self._score_and_commit(taken)
+                else:
+                    self._wait()
+        finally:
+            self.claims.release()
+        self.plan.remove()
+
+    def _take(self) -> list[int]:
+        """Claim the next batches, about one commit's worth, that nobody has committed or is at work on."""
+        free = self.claims.free(self.open)
+        wish = self._prefix(free, self._appetite(free)) if free else []
+        self.cache.refresh()
+        committed = self._committed(wish)
+        self._close(committed, own=False)
+        return self.claims.take([batch for batch in wish if batch not in committed])
+
+    def _appetite(self, free: Sequence[int]) -> float:
+        """Computed tokens to take at once: a commit's worth, and towards the end a fair share of what is left."""
+        appetite = COMMIT_SECONDS * self.own / self.seconds if self.seconds else 0.0
+        company = max(self.worker.processes - 1, self.claims.others())
+        if company:
+            appetite = min(appetite, float(self.plan.sizes[list(free)].sum()) / (2 * (company + 1)))
+        return appetite
+
+    def _prefix(self, batches: Sequence[int], tokens: float) -> list[int]:
+        """Return the first batches, up to so many computed tokens; at least one."""
+        sizes = np.cumsum(self.plan.sizes[list(batches)])
+        return list(batches[: max(1, int(np.searchsorted(sizes, tokens, side="right")))])
+
+    def _committed(self, batches: Sequence[int]) -> set[int]:
+        """Return the batches whose texts are all in the cache; one that is there in part is computed whole."""
+        if not batches:
+            return set()
+        members = [self.plan.texts(batch) for batch in batches]
+        held = self.cache.lookup(self.texts.keys.take(np.concatenate(members)))[0]
+        starts = np.cumsum([0, *map(len, members[:-1])])
+        return {batch for batch, all_held in zip(batches, np.logical_and.reduceat(held, starts)) if all_held}
+
+    def _close(self, committed: set[int], *, own: bool) -> None:
+        self.open = [batch for batch in self.open if batch not in committed]
+        if self.progress is not None and committed and not own:
+            self.progress.advance(int(self.plan.sizes[list(committed)].sum()), own=False)
+
+    def _wait(self) -> None:
+        """Wait for what other processes are computing; a dead one's batches are free at the next look."""
+        self.cache.refresh()
+        self._close(self._committed(self.open), own=False)
+        if self.open and not self.claims.free(self.open):
+            time.sleep(WAIT_SECONDS)
+
+    def _score_and_commit(self, batches: Sequence[int]) -> None:
+        """Score batches one after the other; commit whole ones, at the end and as often as a kill may cost."""
+        collected, done, last = _Collected(), set(), time.perf_counter()
+        for batch in batches:
+            began = time.perf_counter()
+            numbers = self.plan.texts(batch)
+            for scored, tokens, sums in self._scored(list(planned_groups(self.wanted, self.texts, numbers))):
+                collected.add(scored, sums, tokens)
+            collected.keys.append(self.texts.keys.take(numbers).buffer)
+            done.add(batch)
+            size = int(self.plan.sizes[batch])
+            self.own, self.seconds = self.own + size, self.seconds + time.perf_counter() - began
+            if self.progress is not None:
+                self.progress.advance(size)
+            if batch == batches[-1] or time.perf_counter() - last > COMMIT_SECONDS or collected.tokens > COMMIT_TOKENS:
+                self.cache.commit(collected.rows())
+                self._close(done, own=True)
+                collected, done, last = _Collected(), set(), time.perf_counter()
+
+    def _scored(self, groups: list[PromptGroup]) -> Iterator[tuple[RaggedBatch, np.ndarray, np.ndarray]]:
+        """Yield (batch, token log-probs, sums) of the groups, in as many batches as the memory asks for."""
+        parts = [groups]
+        while parts:
+            part = parts.pop(0)
+            batch = make_batch(part)
+            if self.limit is not None and batch.tokens > self.limit and len(batch.completion_lengths) > 1:
+                parts[:0] = _halves(part)
+                continue
+            try:
+                scored = next(iter(score(self.scorer, [batch], precision=self.precision)))[1]
+                assert scored.tokens is not None  # a scorer always has them
+                result = batch, scored.tokens.float().cpu().numpy(), scored.sums.cpu().numpy()
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                refused = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            else:
+                yield result
+                continue
+            # Outside of the handler, whose traceback holds the tensors of the failed batch.
+            free_models()
+            self._halve(batch, refused)
+            parts[:0] = _halves(part)
+
+    def _halve(self, batch: RaggedBatch, refused: str) -> None:
+        """Lower the limit to half of a batch that did not fit, and say so.
+
+        Raises:
+            ModelError: it was a single text.
+        """
+        if len(batch.completion_lengths) == 1:
+            raise ModelError(
+                Problem("reference", f"memory for one text of {batch.tokens:,} tokens", refused,
+                        "lower data.max_length, or quantize the reference (reference.quantization); what was scored "
+                        "so far is committed, and the same command goes on from there")
+            )  # fmt: skip
+        self.limit = batch.tokens // 2
+        if self.progress is not None:
+            self.progress.say(
+                f"out of memory with {batch.tokens:,} tokens in a batch; going on with at most {self.limit:,} "
+                f"(reference.token_budget={self.limit} says so from the start)"
+            )
 
 
-def _batches(dataset: GroupDataset, plan: Sequence[Sequence[_Missing]]) -> Iterator[RaggedBatch]:
-    for members in plan:
-        groups = []
-        for part in members:
-            group = dataset[part.group]
-            completions = tuple(group.completions[index] for index in part.completions)
-            groups.append(PromptGroup(group.prompt, completions, ()))
-        yield make_batch(groups)
+def _halves(groups: Sequence[PromptGroup]) -> list[list[PromptGroup]]:
+    """Split a batch in two between its prompts, or a single prompt between its completions."""
+    if len(groups) > 1:
+        middle = len(groups) // 2
+        return [list(groups[:middle]), list(groups[middle:])]
+    group = groups[0]
+    middle = len(group.completions) // 2
+    return [[PromptGroup(group.prompt, part, ())] for part in (group.completions[:middle], group.completions[middle:])]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 class _Collected:
-    """Rows since the last shard."""
+    """Rows since the last commit."""
 
     def __init__(self) -> None:
         self.keys: list[bytes] = []
+        """Of one batch each, one after the other in one string."""
         self.sums: list[np.ndarray] = []
         self.token_logps: list[np.ndarray] = []
+        self.tokens = 0
 
     def add(self, batch: RaggedBatch, sums: np.ndarray, tokens: np.ndarray) -> None:
-        lengths = batch.completion_lengths.cpu().numpy()
-        ends = np.cumsum(lengths)
+        ends = np.cumsum(batch.completion_lengths.numpy())
         self.token_logps += np.split(tokens, ends[:-1])
         self.sums.append(sums)
-        self.keys += _batch_keys(batch)
+        self.tokens += len(tokens)
 
     def rows(self) -> ScoredRows:
         lengths = np.array([len(values) for values in self.token_logps])
-        return ScoredRows(self.keys, np.concatenate(self.sums), lengths, self.token_logps)
-
-
-def _batch_keys(batch: RaggedBatch) -> list[bytes]:
-    """Keys of the batch's completions, from the very ids that were scored."""
-    ids, targets = batch.input_ids.cpu().numpy(), batch.targets.cpu().numpy()
-    ends = np.cumsum(batch.completion_lengths.cpu().numpy())
-    completions = iter(np.split(targets, ends[:-1]))
-    return [
-        text_key(ids[tree.start : tree.start + tree.prompt], next(completions))
-        for tree in batch.trees
-        for _ in tree.branches
-    ]
+        return ScoredRows(list(Keys(b"".join(self.keys))), np.concatenate(self.sums), lengths, self.token_logps)

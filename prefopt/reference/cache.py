@@ -1,11 +1,15 @@
 """The reference cache: log-probs by content, in a folder of Parquet shards.
 
     folder/
-      reference.json        whose log-probs these are
-      shard-<hash>.parquet  prompt, completion (128-bit hashes of their token ids), logp_sum, tokens, token_logps
+      reference.json  whose log-probs these are
+      shard-<order>-<level>-<sha>.parquet
+                      prompt, completion (128-bit hashes of token ids), logp_sum, tokens, token_logps
+      .used           touched whenever the cache is opened
 
-A shard appears complete or not at all: it is written beside, flushed to the disk and linked into place. Two writers
-of the same rows produce the same name, and the first one wins. Any number of processes may read.
+A shard appears complete or not at all. A writer looks up under the folder's lock what is there already and commits the
+rest, so the first commit of a completion is the only one; should two be there all the same (a file system without
+locks), the first shard in the order of commits gives the value, and merging keeps that one. Any number of processes
+may read, write and merge at once.
 """
 
 from __future__ import annotations
@@ -13,38 +17,42 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
-import os
-import re
-import uuid
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import transformers
 
 from prefopt.errors import CacheError, Problem
+from prefopt.reference import merging
+from prefopt.reference.compaction import Merged, compact, keep_only
 from prefopt.reference.identity import ReferenceIdentity
-
-_HASH_BYTES = 16
-KEY_BYTES = 2 * _HASH_BYTES
-
-SCHEMA = pa.schema(
-    [
-        ("prompt", pa.binary(_HASH_BYTES)),
-        ("completion", pa.binary(_HASH_BYTES)),
-        ("logp_sum", pa.float32()),
-        ("tokens", pa.int32()),
-        ("token_logps", pa.list_(pa.float16())),
-    ]
+from prefopt.reference.index import KeyIndex, as_words
+from prefopt.reference.note import claim
+from prefopt.reference.publishing import PATIENCE, WRITING, locked, remove_stale
+from prefopt.reference.shards import (
+    HASH_BYTES,
+    KEY_BYTES,
+    ScoredRows,
+    ShardName,
+    damage,
+    read_index,
+    read_token_logps,
+    shard_names,
+    to_table,
 )
+
+__all__ = ["HALF_STEP", "KEY_BYTES", "Adopted", "ReferenceCache", "ScoredRows", "text_key"]
 
 HALF_STEP = 2.0**-11
 """Relative error of a stored per-token log-prob (16-bit float); sums are stored in 32 bit."""
+USED = ".used"
+"""Its modification time is the last use of a cache."""
+
+_ATTEMPTS = 100
+"""Looks at a folder whose shards are merged while they are read."""
 
 
 def text_key(prompt: np.ndarray, completion: np.ndarray) -> bytes:
@@ -53,103 +61,84 @@ def text_key(prompt: np.ndarray, completion: np.ndarray) -> bytes:
 
 
 def _ids_hash(ids: np.ndarray) -> bytes:
-    return hashlib.blake2b(ids.astype("<i8", copy=False).tobytes(), digest_size=_HASH_BYTES).digest()
+    return hashlib.blake2b(ids.astype("<i8", copy=False).tobytes(), digest_size=HASH_BYTES).digest()
 
 
 @dataclass(frozen=True)
-class ScoredRows:
-    """Log-probs on their way into a shard."""
+class Adopted:
+    """What a shard from elsewhere brought."""
 
-    keys: list[bytes]
-    sums: np.ndarray
-    """(rows,) fp32, nats."""
-    tokens: np.ndarray
-    """(rows,) scored tokens."""
-    token_logps: list[np.ndarray]
-    """Per row (tokens,) nats."""
+    new: int
+    """Completions that were not here."""
+    known: int
+    """Completions that were here and keep their value."""
+    largest_difference: float
+    """Between both values of a known completion, nats."""
+
+    def __add__(self, other: Adopted) -> Adopted:
+        largest = max(self.largest_difference, other.largest_difference)
+        return Adopted(self.new + other.new, self.known + other.known, largest)
 
 
 class ReferenceCache:
     """One reference's log-probs in one folder."""
 
-    def __init__(self, folder: Path, identity: ReferenceIdentity, *, named_by_user: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: ReferenceIdentity,
+        *,
+        named_by_user: bool = False,
+        after_commit: Callable[[Path], None] | None = None,
+    ) -> None:
         """Open a cache, making the folder where there is none.
+
+        Args:
+            folder: where it is or will be.
+            identity: the reference whose log-probs it holds.
+            named_by_user: whether the recipe names the folder, for the wording of problems.
+            after_commit: called with every shard that this process commits.
 
         Raises:
             CacheError: the folder holds another reference, something else, or a damaged shard.
         """
         self.folder = folder
         self.identity = identity
-        self._claim(named_by_user)
-        self._shards: set[str] = set()
-        self._keys = np.empty(0, dtype=f"S{KEY_BYTES}")
-        self._sums = np.empty(0, dtype=np.float32)
-        self._tokens = np.empty(0, dtype=np.int32)
+        self._after_commit = after_commit
+        claim(folder, identity, named_by_user=named_by_user)
+        self._shards: list[ShardName] = []
+        self._metadata: list[dict[str, str]] = []
+        self._index = KeyIndex()
+        with contextlib.suppress(OSError):  # a folder that may only be read serves as it is
+            (folder / USED).touch()
         self.refresh()
+        with contextlib.suppress(OSError):
+            self._merge_if_due()
 
     def __len__(self) -> int:
-        return len(self._keys)
-
-    def _claim(self, named_by_user: bool) -> None:
-        """Write whose cache this is, or compare with what stands there."""
-        note = self.folder / "reference.json"
-        where = "reference.cache" if named_by_user else str(self.folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not note.exists():
-                self._refuse_other_content(where)
-                content = {"fingerprint": self.identity.fingerprint, "identity": asdict(self.identity)}
-                _publish(self.folder, note, json.dumps(content, indent=2).encode())
-            stored = json.loads(note.read_text(encoding="utf-8"))
-            there = str(stored["fingerprint"])
-        except OSError as error:
-            raise CacheError(
-                Problem(where, "a folder that can be written", f"{self.folder}: {error.strerror or error}",
-                        "free space or choose another folder; nothing that stood there was touched")
-            ) from error  # fmt: skip
-        except (ValueError, KeyError, TypeError) as error:
-            raise CacheError(
-                Problem(where, "a reference cache", f"{note} is not readable as one",
-                        "choose another folder, or remove this one to build it again")
-            ) from error  # fmt: skip
-        if there != self.identity.fingerprint:
-            differing = "; ".join(self.identity.differences(stored.get("identity", {})))
-            raise CacheError(
-                Problem(
-                    where,
-                    f"a cache of reference {self.identity.fingerprint[:12]}",
-                    f"{self.folder} was written by reference {there[:12]} ({differing})",
-                    "use reference.cache=auto, which keeps one folder per reference, or another folder",
-                )
-            )
-
-    def _refuse_other_content(self, where: str) -> None:
-        """Raise CacheError where a folder without a note holds files: they are somebody's own."""
-        foreign = sorted(entry.name for entry in os.scandir(self.folder) if not entry.name.startswith("."))
-        if foreign and not (self.folder / "reference.json").exists():
-            raise CacheError(
-                Problem(where, "an empty or new folder, or a reference cache",
-                        f"{self.folder} holds {', '.join(foreign[:4])} and no reference.json",
-                        "choose another folder; nothing was written there")
-            )  # fmt: skip
+        return len(self._index)
 
     def refresh(self) -> None:
-        """Read the index of shards that appeared since the last look."""
-        fresh = sorted(set(self._shard_names()) - self._shards)
-        if not fresh:
-            return
-        tables = [_read_shard(self.folder / name, ["prompt", "completion", "logp_sum", "tokens"]) for name in fresh]
-        keys = np.concatenate([self._keys, *map(_table_keys, tables)])
-        sums = np.concatenate([self._sums, *(table["logp_sum"].to_numpy() for table in tables)])
-        tokens = np.concatenate([self._tokens, *(table["tokens"].to_numpy() for table in tables)])
-        self._keys, first = np.unique(keys, return_index=True)
-        self._sums, self._tokens = sums[first], tokens[first]
-        self._shards.update(fresh)
+        """Read the index of shards that appeared since the last look.
 
-    def _shard_names(self) -> list[str]:
-        return [
-            entry.name for entry in os.scandir(self.folder) if re.fullmatch(r"shard-[0-9a-f]+\.parquet", entry.name)
-        ]
+        A look is repeated until it shows nothing new: while shards are merged, one listing of a folder can miss both
+        the merged shard, which came after the listing began, and its sources, which went before it ended.
+        """
+        for _ in range(_ATTEMPTS):
+            names = shard_names(self.folder)
+            if set(names) == set(self._shards):
+                return
+            vanished = not set(names).issuperset(self._shards)
+            known: list[ShardName] = [] if vanished else self._shards
+            fresh = [name for name in names if name not in set(known)]
+            try:
+                read = [read_index(self.folder / str(name), fingerprint=self.identity.fingerprint) for name in fresh]
+            except FileNotFoundError:
+                continue
+            index = KeyIndex() if vanished else self._index
+            self._index = index.with_shards([rows for rows, _ in read])
+            self._metadata = [*([] if vanished else self._metadata), *(metadata for _, metadata in read)]
+            self._shards = [*known, *fresh]
 
     def lookup(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Look up completions.
@@ -157,57 +146,95 @@ class ReferenceCache:
         Returns:
             found (n,) bool, sums (n,) fp32 in nats (NaN where not found), tokens (n,) int32.
         """
-        wanted = np.asarray(keys, dtype=self._keys.dtype)
-        if not len(self._keys) or not len(wanted):
-            return (
-                np.zeros(len(wanted), bool),
-                np.full(len(wanted), np.nan, np.float32),
-                np.zeros(len(wanted), np.int32),
-            )
-        place = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
-        found = self._keys[place] == wanted
-        return (
-            found,
-            np.where(found, self._sums[place], np.float32("nan")),
-            np.where(found, self._tokens[place], 0),
-        )
+        places = self._index.find(as_words(keys))
+        return places >= 0, *self._index.values(places)
+
+    def holds(self, keys: np.ndarray) -> np.ndarray:
+        """Say which of the keys, (n, 4) uint64, are here: (n,) bool."""
+        return self._index.find(keys) >= 0
 
     def token_logps(self, keys: Sequence[bytes]) -> list[np.ndarray]:
-        """Per-token log-probs of completions that the cache holds, each (tokens,) fp16, nats; read shard by shard."""
-        wanted = {key: np.empty(0, np.float16) for key in keys}
-        for name in sorted(self._shards):
-            table = _read_shard(self.folder / name, ["prompt", "completion", "token_logps"])
-            values = table["token_logps"].combine_chunks()
-            flat, ends = values.flatten().to_numpy(), values.value_lengths().to_numpy().cumsum()
-            for key, tokens in zip(_table_keys(table).tolist(), np.split(flat, ends[:-1])):
-                if _padded(key) in wanted:
-                    wanted[_padded(key)] = tokens
-        return [wanted[key] for key in keys]
+        """Per-token log-probs of completions, each (tokens,) fp16, nats; empty where the cache has none.
 
-    def commit(self, rows: ScoredRows) -> Path:
-        """Write rows as one shard; when this returns they are on the disk.
+        Shards are read one row group at a time, and only those row groups that hold one of the completions.
+        """
+        words = as_words(keys)
+        for _ in range(_ATTEMPTS):
+            places = self._index.find(words)
+            held = np.flatnonzero(places >= 0)
+            shards, rows = self._index.shard_of(places[held])
+            values: list[np.ndarray] = [np.empty(0, np.float16)] * len(keys)
+            try:
+                for shard in np.unique(shards):
+                    inside = np.flatnonzero(shards == shard)
+                    read = read_token_logps(self.folder / str(self._shards[shard]), rows[inside])
+                    for place, one in zip(held[inside], read):
+                        values[place] = one
+            except FileNotFoundError:  # merged by another process since the last look
+                self.refresh()
+                continue
+            return values
+        raise CacheError(
+            Problem(f"reference cache {self.folder}", "shards that stay while they are read",
+                    f"they vanished {_ATTEMPTS} times", "see what else writes to this folder")
+        )  # fmt: skip
+
+    def commit(self, rows: ScoredRows) -> Path | None:
+        """Write the rows that are not here yet as one shard; when this returns they are on the disk.
+
+        Returns:
+            The shard; None where every row was here already: the first commit of a completion wins.
 
         Raises:
             CacheError: the disk is full or refuses; no partial shard is left behind.
         """
-        table = pa.table(
-            {
-                "prompt": [key[:_HASH_BYTES] for key in rows.keys],
-                "completion": [key[_HASH_BYTES:] for key in rows.keys],
-                "logp_sum": rows.sums.astype(np.float32),
-                "tokens": rows.tokens.astype(np.int32),
-                "token_logps": [values.astype(np.float16) for values in rows.token_logps],
-            },
-            schema=SCHEMA.with_metadata(self._shard_metadata()),
-        )
-        name = hashlib.blake2b(b"".join(rows.keys), digest_size=12).hexdigest()
-        target = self.folder / f"shard-{name}.parquet"
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        with self._said_plainly(), locked(self.folder, WRITING):
+            remove_stale(self.folder)
+            self.refresh()
+            _, first = np.unique(np.array(rows.keys, dtype=object), return_index=True)
+            absent = self._index.find(as_words(rows.keys)) < 0
+            fresh = [int(place) for place in np.sort(first) if absent[place]]
+            if not fresh:
+                return None
+            name = merging.write(
+                self.folder, iter([to_table(rows.take(fresh))]), self._shard_metadata(),
+                order=self._next_order(), level=0,
+            )  # fmt: skip
+            self.refresh()
+        if self._after_commit is not None:
+            self._after_commit(self.folder / str(name))
+        self._merge_if_due()
+        return self.folder / str(name)
+
+    def adopt(self, file: Path) -> Adopted:
+        """Take the rows of a shard from elsewhere that are not here yet.
+
+        Raises:
+            CacheError: the shard is damaged or of another reference, or the disk refuses; nothing was taken.
+        """
+        theirs, _ = read_index(file, fingerprint=self.identity.fingerprint)
+        with self._said_plainly(), locked(self.folder, WRITING):
+            self.refresh()
+            places = self._index.find(theirs.keys)
+            known = places >= 0
+            differences = np.abs(theirs.sums[known] - self._index.values(places[known])[0])
+            source = merging.Source(file, KeyIndex([theirs]).winners & ~known)
+            merging.merge(
+                self.folder, [source], order=self._next_order(), level=0, fingerprint=self.identity.fingerprint
+            )
+            self.refresh()
+        self._merge_if_due()
+        return Adopted(int(source.kept.sum()), int(known.sum()), float(differences.max(initial=0.0)))
+
+    def _next_order(self) -> int:
+        return max((name.order for name in self._shards), default=0) + 1
+
+    @contextlib.contextmanager
+    def _said_plainly(self) -> Iterator[None]:
         try:
-            _publish(self.folder, target, sink.getvalue())
+            yield
         except OSError as error:
-            full = error.errno == errno.ENOSPC
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise CacheError(
                 Problem(
                     f"reference cache {self.folder}",
@@ -217,8 +244,6 @@ class ReferenceCache:
                     "and the same command goes on from there",
                 )
             ) from error
-        self.refresh()
-        return target
 
     def _shard_metadata(self) -> dict[str, str]:
         return {
@@ -228,81 +253,59 @@ class ReferenceCache:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         }
 
+    def _merge_if_due(self) -> None:
+        if merging.due(self._shards):
+            self.compact(all_levels=False, patience=0.0)
+
+    def compact(self, *, all_levels: bool = True, patience: float = PATIENCE) -> Merged:
+        """Merge small shards, as `prefopt.reference.compaction.compact` does."""
+        with self._said_plainly():
+            done = compact(self.folder, self.identity.fingerprint, all_levels=all_levels, patience=patience)
+        self.refresh()
+        return done
+
+    def keep_only(self, keys: Collection[bytes], *, dry_run: bool = False) -> Merged:
+        """Drop every completion but these, as `prefopt.reference.compaction.keep_only` does."""
+        with self._said_plainly():
+            done = keep_only(self.folder, self.identity.fingerprint, keys, dry_run=dry_run)
+        self.refresh()
+        return done
+
     def check_shards(self) -> list[str]:
-        """Read every byte of every shard against its checksums; returns one line per damaged or foreign shard."""
+        """Read every byte of every shard against its SHA-256; returns one line per damaged or foreign shard."""
         wrong = []
-        for name in sorted(self._shard_names()):
-            try:
-                table = _read_shard(self.folder / name, None)
-            except CacheError as error:
-                wrong.append(error.problems[0].given)
-                continue
-            metadata = table.schema.metadata or {}
-            if metadata.get(b"fingerprint", b"").decode() != self.identity.fingerprint:
-                wrong.append(f"{name} was written by another reference")
+        for name in shard_names(self.folder):
+            file = self.folder / str(name)
+            with contextlib.suppress(FileNotFoundError):  # merged meanwhile
+                line = damage(file)
+                if line is None:
+                    try:
+                        read_index(file, fingerprint=self.identity.fingerprint)
+                    except CacheError as error:
+                        line = error.problems[0].given
+                if line is not None:
+                    wrong.append(line)
         return wrong
+
+    def written_with(self) -> dict[str, list[str]]:
+        """Return what the shards say they were computed with, every different value."""
+        values: dict[str, set[str]] = {}
+        for metadata in self._metadata:
+            for name, value in metadata.items():
+                values.setdefault(name, set()).update(value.split(merging.SEPARATOR))
+        return {name: sorted(found) for name, found in sorted(values.items())}
 
     def summary(self) -> dict[str, int | str]:
         """Count rows, tokens, shards and bytes."""
-        names = self._shard_names()
+        sizes = []
+        for name in shard_names(self.folder):
+            with contextlib.suppress(FileNotFoundError):
+                sizes.append((self.folder / str(name)).stat().st_size)
         return {
             "folder": str(self.folder),
             "fingerprint": self.identity.fingerprint,
             "completions": len(self),
-            "tokens": int(self._tokens.sum()),
-            "shards": len(names),
-            "bytes": sum((self.folder / name).stat().st_size for name in names),
+            "tokens": self._index.tokens,
+            "shards": len(sizes),
+            "bytes": sum(sizes),
         }
-
-
-def _table_keys(table: pa.Table) -> np.ndarray:
-    prompt, completion = (
-        np.frombuffer(b"".join(table[name].to_pylist()), dtype=np.uint8).reshape(-1, _HASH_BYTES)
-        for name in ("prompt", "completion")
-    )
-    return np.ascontiguousarray(np.hstack((prompt, completion))).view(f"S{KEY_BYTES}").ravel()
-
-
-def _padded(key: bytes) -> bytes:
-    """Give a key its trailing zero bytes back, which numpy's byte strings drop."""
-    return key.ljust(KEY_BYTES, b"\0")
-
-
-def _read_shard(file: Path, columns: list[str] | None) -> pa.Table:
-    try:
-        return pq.read_table(file, columns=columns, page_checksum_verification=True, partitioning=None)
-    except (OSError, pa.ArrowException) as error:
-        raise CacheError(
-            Problem(
-                f"reference cache {file.parent}",
-                "shards that read back as they were written",
-                f"{file.name} is damaged: {str(error).splitlines()[0][:200]}",
-                f"remove {file} and run again: only its completions are scored anew",
-            )
-        ) from error
-
-
-def _publish(folder: Path, target: Path, content: bytes | pa.Buffer) -> None:
-    """Put a file in place whole: write beside, flush, link (the first of several writers wins), flush the folder."""
-    temporary = folder / f".{uuid.uuid4().hex}.partial"
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        try:
-            os.link(temporary, target)
-        except FileExistsError:
-            pass
-        except OSError as error:  # a file system without links: the last writer of equal content wins instead
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            os.replace(temporary, target)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,20 +6,24 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from prefopt.adapters import adapter_folder
 from prefopt.errors import ModelError, Problem
-from prefopt.models import ModelSource, check_source, quantization_settings
+from prefopt.models import ModelSource, check_source
 from prefopt.paths import cache_root
+from prefopt.quantization import quantization_settings
 
 FORMAT = 1
 """Raised when the stored numbers would mean something else."""
 
-# Fields of config.json that name or describe a model without changing its forward pass.
+# Fields of config.json that name or describe a model, or act only in training, generation or on the speed; at every
+# depth. Whatever is not listed enters: an unknown field costs a build, a forgotten one would cost a wrong number.
 _COSMETIC = frozenset(
     {
         "_attn_implementation",
@@ -30,6 +34,7 @@ _COSMETIC = frozenset(
         "attn_pdrop",
         "auto_map",
         "bos_token_id",
+        "dropout",
         "dtype",
         "embd_pdrop",
         "eos_token_id",
@@ -38,15 +43,34 @@ _COSMETIC = frozenset(
         "id2label",
         "initializer_range",
         "label2id",
+        "output_attentions",
+        "output_hidden_states",
         "pad_token_id",
         "problem_type",
         "resid_pdrop",
+        "return_dict",
         "torch_dtype",
         "transformers_version",
         "use_cache",
     }
 )
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+# The same for adapter_config.json: rank, alpha, targets, rslora and everything unknown enter, dropout and names do not.
+# The kind of initialisation enters: PiSSA and its like change the base weights when the adapter is loaded.
+_COSMETIC_ADAPTER = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "lora_dropout",
+        "peft_version",
+        "revision",
+        "task_type",
+    }
+)
+_MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+RACY_SECONDS = 2.0
+"""A file changed so recently is hashed again: it could change once more within the resolution of its time."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +82,14 @@ class ReferenceIdentity:
     config: str
     """SHA-256 of the configuration fields that change the forward pass."""
     quantization: dict[str, Any]
-    """bitsandbytes' settings; empty for none."""
+    """bitsandbytes' settings, skipped modules and threshold included; empty for none."""
     compute: str
     """Dtype of the matrix products."""
     weights_dtype: str
     """Dtype in which unquantized weights are held."""
+    adapter: str = ""
+    """SHA-256 of an adapter's weights and of its settings, scaling included; empty for none."""
+    eos: str = "scored where the completion's ids hold it"
     positions: str = "from 0, continued through the completion"
     format: int = FORMAT
 
@@ -89,21 +116,76 @@ def identify(source: ModelSource) -> ReferenceIdentity:
         ModelError: the folder or hub model cannot be read.
     """
     folder = model_folder(source)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kept = {name: value for name, value in config.items() if name not in _COSMETIC}
-    files = next((found for pattern in _WEIGHTS if (found := sorted(folder.glob(pattern)))), [])
-    if not files:
-        raise ModelError(Problem(source.key, "a folder with model weights (*.safetensors)", str(folder),
-                                 "save the model with save_pretrained"))  # fmt: skip
-    # An adapter beside the weights is applied when they are loaded; its scaling is in its own config.
-    hashes = sorted(file_hashes([*files, *folder.glob("adapter_config.json")]))
+    hashes = file_hashes(weight_files(source, folder))
     return ReferenceIdentity(
-        weights=hashlib.sha256("".join(hashes).encode()).hexdigest(),
-        config=hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest(),
-        quantization=quantization_settings(source.quantization, source.compute),
+        weights=hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest(),
+        config=_settings_hash(source, folder / "config.json", _COSMETIC),
+        quantization=_ordered(quantization_settings(source.quantization, source.compute)),
         compute=str(source.compute).removeprefix("torch."),
         weights_dtype=str(source.dtype).removeprefix("torch."),
+        adapter=_adapter_hash(source, folder),
     )
+
+
+def weight_files(source: ModelSource, folder: Path) -> list[Path]:
+    """Return the weight files that `from_pretrained` would read, by the same preference; others do not count.
+
+    Raises:
+        ModelError: there are none, or an index names files that are not there.
+    """
+    for name in _MODEL_FILES:
+        if (folder / name).exists():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            shards = [folder / shard for shard in sorted(set(_json(source, index).get("weight_map", {}).values()))]
+            absent = [shard.name for shard in shards if not shard.exists()]
+            if absent or not shards:
+                raise ModelError(Problem(source.key, f"the files that {index.name} names", ", ".join(absent) or "none",
+                                         "complete the download, or save the model again"))  # fmt: skip
+            return shards
+    raise ModelError(Problem(source.key, "a folder with model weights (model.safetensors, whole or in shards)",
+                             str(folder), "save the model with save_pretrained"))  # fmt: skip
+
+
+def _adapter_hash(source: ModelSource, folder: Path) -> str:
+    """SHA-256 of the adapters that act: one beside the model's weights, and the one that is put on; empty for none."""
+    beside = [folder] if (folder / "adapter_config.json").exists() else []
+    put_on = [adapter_folder(source.adapter)] if source.adapter is not None else []
+    hashes = []
+    for where in [*beside, *put_on]:
+        weights = [where / name for name in _ADAPTER_FILES if (where / name).exists()][:1]
+        hashes += [_settings_hash(source, where / "adapter_config.json", _COSMETIC_ADAPTER), *file_hashes(weights)]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest() if hashes else ""
+
+
+def _ordered(settings: dict[str, Any]) -> dict[str, Any]:
+    """Put lists of names in one order: which modules are skipped counts, not who is named first."""
+    return {name: sorted(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
+def _settings_hash(source: ModelSource, file: Path, cosmetic: frozenset[str]) -> str:
+    kept = _without(_json(source, file), cosmetic)
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _without(value: Any, names: frozenset[str]) -> Any:
+    """Drop fields by name at every depth: a multimodal config holds that of its language model."""
+    if isinstance(value, dict):
+        return {name: _without(field, names) for name, field in value.items() if name not in names}
+    return value
+
+
+def _json(source: ModelSource, file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(Problem(source.key, f"a readable {file.name}", f"{file}: {error}",
+                                 "complete the download, or save the model again")) from error  # fmt: skip
+    if not isinstance(content, dict):
+        raise ModelError(Problem(source.key, f"a {file.name} with settings by name", str(file),
+                                 "complete the download, or save the model again"))  # fmt: skip
+    return content
 
 
 def model_folder(source: ModelSource) -> Path:
@@ -115,8 +197,12 @@ def model_folder(source: ModelSource) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = ["*.json", "model*.safetensors", "adapter_model.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        found = Path(snapshot_download(source.path, revision=source.revision, allow_patterns=patterns))
+        if any(found.glob("model*.safetensors")):
+            return found
+        patterns += ["pytorch_model*.bin", "adapter_model.bin"]  # only where there is nothing newer
         return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
@@ -129,7 +215,8 @@ def model_folder(source: ModelSource) -> Path:
 def file_hashes(files: Sequence[Path], *, rehash: bool = False) -> list[str]:
     """SHA-256 of each file, remembered by (path, size, modification time); `rehash` trusts no memory.
 
-    A file of the hub's cache is a link to a blob that bears its own SHA-256 as its name.
+    Links are followed: a folder reached by two ways is hashed once. A file of the hub's cache is a link to a blob
+    that bears its own SHA-256 as its name.
     """
     memo_file = cache_root() / "hashes.json"
     memo = _read_memo(memo_file)
@@ -137,15 +224,16 @@ def file_hashes(files: Sequence[Path], *, rehash: bool = False) -> list[str]:
     hashes = []
     for file in files:
         real = file.resolve()
-        if not rehash and real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
-            hashes.append(real.name)
-            continue
         status = real.stat()
         key = f"{real}|{status.st_size}|{status.st_mtime_ns}"
-        if rehash or key not in memo:
+        is_blob = real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name)
+        known = memo.get(key) or (real.name if is_blob else None)
+        if rehash or known is None:
             with real.open("rb") as stream:
-                memo[key] = hashlib.file_digest(stream, "sha256").hexdigest()
-        hashes.append(memo[key])
+                known = hashlib.file_digest(stream, "sha256").hexdigest()
+            if abs(time.time() - status.st_mtime) > RACY_SECONDS:
+                memo[key] = known
+        hashes.append(known)
     if memo != before:
         _write_memo(memo_file, memo)
     return hashes

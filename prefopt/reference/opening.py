@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from prefopt.data.groups import GroupDataset, PromptGroup
 from prefopt.forward import Layout, Scorer
@@ -18,9 +19,15 @@ from prefopt.models import ModelSource, default_device, load_model
 from prefopt.paths import cache_root
 from prefopt.prepare import Prepared, reference_source, resolve_token_budget
 from prefopt.recipe import Recipe
-from prefopt.reference.build import BuildReport, dataset_keys, fill_cache
+from prefopt.reference.build import BuildReport, fill_cache
+from prefopt.reference.build_plan import Wanted
+from prefopt.reference.build_progress import BuildProgress
 from prefopt.reference.cache import ReferenceCache
+from prefopt.reference.certificate import Certificate, certify
+from prefopt.reference.claims import Worker
 from prefopt.reference.identity import ReferenceIdentity, identify
+from prefopt.reference.keys import dataset_keys
+from prefopt.reference.remote import open_remote
 from prefopt.reference.source import CachedLogps
 
 
@@ -34,6 +41,8 @@ class CachedReference:
     report: BuildReport
     logps: Mapping[str, CachedLogps]
     """By the name of the data, `Prepared.read_by_reference`."""
+    certificate: Certificate | None = None
+    """Of a quantized reference: how far it is from full precision."""
 
 
 def open_cache(recipe: Recipe) -> ReferenceCache:
@@ -42,36 +51,62 @@ def open_cache(recipe: Recipe) -> ReferenceCache:
     if recipe.reference.cache == "auto":
         folder = cache_root() / "reference" / identity.fingerprint[:32]
         return ReferenceCache(folder, identity)
+    if "://" in recipe.reference.cache:
+        return open_remote(recipe.reference.cache, identity)
     return ReferenceCache(Path(recipe.reference.cache).expanduser(), identity, named_by_user=True)
 
 
-def cached_reference(prepared: Prepared, console: Console) -> CachedReference:
+def cached_reference(prepared: Prepared, console: Console, *, only: Collection[str] | None = None) -> CachedReference:
     """Look every completion of a run up, and score what is missing.
 
     The reference is loaded only if something is missing, and is gone from memory when this returns. A loss that
     reads no reference asks for the held-out completions only: the evaluation's drift needs them.
+
+    Every process of one launch may call this at once: they share what is missing, and each returns when all of it is
+    in the cache. Independent processes on one cache share it too.
+
+    Args:
+        prepared: the run.
+        console: where to say what is scored.
+        only: names of `Prepared.read_by_reference` to ask for; None asks for all.
     """
     recipe, data = prepared.recipe, prepared.data
     cache = open_cache(recipe)
     source = reference_source(recipe)
-    budget = resolve_token_budget(recipe.reference.token_budget, default_device())
     needs = prepared.loss.needs
-    report = BuildReport(0, 0, 0, 0, 0.0)
-    found: dict[str, CachedLogps] = {}
-    with _lazy_scorer(source, recipe, data.train) as scorer, _progress(console) as progress:
-        for name, dataset in prepared.read_by_reference():
-            keys, needed = dataset_keys(dataset, rejected=needs.rejected or name != "train")
-            report += fill_cache(
-                cache, dataset, keys, needed,
-                scorer=scorer, precision=recipe.train.precision, token_budget=budget, progress=progress,
-            )  # fmt: skip
-            found[name] = CachedLogps(cache, dataset, keys, tokens=needs.tokens)
-    return CachedReference(source, cache.identity, cache, report, found)
+    wanted = {
+        name: Wanted(dataset, *dataset_keys(dataset, rejected=needs.rejected or name != "train"))
+        for name, dataset in prepared.read_by_reference()
+        if only is None or name in only
+    }
+    worker = Worker.launched()
+    take_own_device()
+    shown = console if worker.rank == 0 else Console(quiet=True)
+    with _lazy_scorer(source, recipe, data.train) as scorer, BuildProgress(shown) as progress:
+        report = fill_cache(
+            cache,
+            list(wanted.values()),
+            scorer=scorer,
+            precision=recipe.train.precision,
+            token_budget=resolve_token_budget(recipe.reference.token_budget, default_device()),
+            worker=worker,
+            progress=progress,
+        )
+        # Everything is cached here, and what was loaded to score it is still in memory: `scorer()` gives it.
+    logps = {name: CachedLogps(cache, one.dataset, one.keys, tokens=needs.tokens) for name, one in wanted.items()}
+    certificate = None
+    if only is None:  # here no model is in memory
+        probe = probe_group(data.train)
+        certificate = certify(
+            prepared, cache, console, open_model=lambda exact: reference_in_memory(exact, recipe, probe)
+        )
+    return CachedReference(source, cache.identity, cache, report, logps, certificate)
 
 
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+def take_own_device() -> None:
+    """Give each process of a launch its own accelerator; `Accelerator()` does the same where there is one."""
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ class CachedLogps:
     """Log-probs of one dataset, read from the cache once and held as flat arrays."""
 
     def __init__(
-        self, cache: ReferenceCache, dataset: GroupDataset, keys: list[bytes], *, tokens: bool = False
+        self, cache: ReferenceCache, dataset: GroupDataset, keys: Sequence[bytes], *, tokens: bool = False
     ) -> None:
         _, self._sums, self._lengths = cache.lookup(keys)
         counts = np.diff(dataset.layout.completion_offsets)
@@ -45,12 +45,9 @@ class CachedLogps:
 class OnlineLogps:
     """Log-probs computed by a reference model that stays in memory."""
 
-    def __init__(
-        self, scorer: Scorer, *, precision: str, adapter_off: bool = False, distribution: bool = False
-    ) -> None:
+    def __init__(self, scorer: Scorer, *, precision: str, distribution: bool = False) -> None:
         self.scorer = scorer
         self.precision = precision
-        self.adapter_off = adapter_off
         self.distribution = distribution
         """Whether the whole next-token distributions are given too."""
         self.tokens = 0
@@ -64,12 +61,10 @@ class OnlineLogps:
 
     @contextmanager
     def reference(self) -> Iterator[Scorer]:
-        """Give the scorer as the reference: in eval mode, its adapter switched off where it is the policy's own."""
+        """Give the scorer as the reference: in eval mode."""
         was_training = self.scorer.training
         self.scorer.eval()
-        off = self.scorer.model.disable_adapter() if self.adapter_off else nullcontext()
         try:
-            with off:
-                yield self.scorer
+            yield self.scorer
         finally:
             self.scorer.train(was_training)
