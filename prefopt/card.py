@@ -65,8 +65,8 @@ def _moved(reference: Mapping[str, Any]) -> str:
     if sync is None:
         return ""
     return (
-        f"\nIt moved towards the policy {sync['syncs']} times, every {sync['every']} steps by {sync['mix']:g} (TR-DPO); "
-        "held-out measures are against the initial reference."
+        f"\nIt moved towards the policy {sync['syncs']} times, every {sync['every']} steps by {sync['mix']:g} "
+        "(TR-DPO); held-out measures are against the initial reference."
     )
 
 

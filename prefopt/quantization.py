@@ -128,6 +128,8 @@ def import_bitsandbytes() -> None:
         sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+        # Said at every product of an int8 layer in fp32; the casting is what was asked for.
+        warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
         importlib.import_module("bitsandbytes")
     finally:
         if not torch.cuda.is_available():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 
+from prefopt.adapters import adapter_folder
 from prefopt.errors import CacheError, Problem
 from prefopt.forward import TOLERANCE, compute_dtype
 from prefopt.layout import probe_group
