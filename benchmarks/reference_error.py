@@ -23,7 +23,8 @@ from rich.console import Console
 from prefopt.layout import probe_group
 from prefopt.prepare import prepare
 from prefopt.recipe import recipe_from_mapping
-from prefopt.reference.certificate import Certificate, certify
+from prefopt.reference.certificate import Certificate
+from prefopt.reference.certifying import certify
 from prefopt.reference.error_statistics import ErrorStatistics, Interval, Share
 from prefopt.reference.opening import cached_reference, reference_in_memory
 from prefopt_losses import get_loss

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
@@ -14,10 +16,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
+from rich.console import Console
 from world import make_recipe, quiet
 
 from prefopt.cli import main
 from prefopt.errors import CacheError
+from prefopt.prepare import prepare
 from prefopt.reference import merging
 from prefopt.reference.cache import HALF_STEP, ReferenceCache, ScoredRows, text_key
 from prefopt.reference.commands import build_cache
@@ -633,3 +637,62 @@ def test_an_index_takes_keys_in_any_form():
     assert words.shape == (4, 4)
     assert [bytes(one) for one in words] == keys
     assert json.dumps(as_words([]).shape) == "[0, 4]"
+
+
+# What cannot be done is said of the cache
+
+
+def test_a_folder_that_refuses_a_build_is_named_before_anything_is_scored(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / "cache" / ".abc.partial"))
+
+    recipe = make_recipe(tmp_path, reference={"cache": str(tmp_path / "cache")})
+    open_cache(recipe)
+    monkeypatch.setattr("prefopt.reference.build_plan.publish", refuse)
+    with pytest.raises(CacheError) as refusal:
+        build_cache(recipe, quiet())
+    (problem,) = refusal.value.problems
+    assert problem.where == f"reference cache {tmp_path / 'cache'}"
+    assert "Read-only" in problem.given
+    assert ".partial" not in str(refusal.value)
+
+
+def test_a_recipe_without_a_cache_builds_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = make_recipe(tmp_path, reference={"cache": "off"})
+    with pytest.raises(CacheError, match=r"reference\.cache"):
+        build_cache(recipe, quiet())
+    assert not (tmp_path / "off").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "cached"),
+    [
+        ({"loss": "tdpo2"}, "whole next-token distributions, which no cache holds", False),
+        ({"reference": {"sync": {"every": 2}}}, "the reference moves every 2 steps", True),
+    ],
+)
+def test_what_no_cache_can_hold_is_said_and_not_scored(tmp_path, changes, said, cached):
+    console = Console(file=io.StringIO(), width=400)
+    recipe = make_recipe(tmp_path, **changes)
+    build_cache(recipe, console)
+    assert said in console.file.getvalue()
+    held_out = prepare(recipe, quiet=True).data.eval
+    assert len(open_cache(recipe)) == (len(held_out.layout.completion_hashes) if cached else 0)
+
+
+def test_another_references_copy_is_refused_by_the_name_it_was_given(tmp_path, cache, hub, url):
+    cache.commit(rows(range(4)))
+    push(cache, RemoteFolder(url, cache.identity))
+    push_to_hub(cache, "me/logps")
+    export_cache(cache, str(tmp_path / "cache.tar"))
+    foreign = ReferenceCache(tmp_path / "foreign", identity("7"))
+    for place, call in {
+        url: lambda place: RemoteFolder(place, foreign.identity),
+        "me/logps": lambda place: pull_from_hub(foreign, place),
+        str(tmp_path / "cache.tar"): lambda place: import_cache(foreign, place),
+    }.items():
+        with pytest.raises(CacheError) as refusal:
+            call(place)
+        assert refusal.value.problems[0].where == place
+        assert "reference.cache" not in refusal.value.problems[0].fix

@@ -88,10 +88,12 @@ def fill_cache(
     misses, computed, own = int(missing.sum()), 0, 0
     tokens = int(texts.tokens[missing].sum())
     if misses:
-        remove_stale_plans(cache.folder)
+        with cache.said_plainly():
+            remove_stale_plans(cache.folder)
     while missing.any():  # a second time only where a plan of earlier days knew less than is missing now
         shared = scorer().layout == "shared"
-        plan = agreed_plan(cache.folder, texts, missing, token_budget=token_budget, shared=shared)
+        with cache.said_plainly():
+            plan = agreed_plan(cache.folder, texts, missing, token_budget=token_budget, shared=shared)
         build = _Build(cache, wanted, texts, plan, scorer(), precision, worker or Worker(), progress)
         build.run()
         computed, own = computed + build.planned, own + build.own

@@ -4,6 +4,8 @@
       reference.json  whose log-probs these are
       shard-<order>-<level>-<sha>.parquet
                       prompt, completion (128-bit hashes of token ids), logp_sum, tokens, token_logps
+      certificate-<fingerprint>.json
+                      how far a quantized reference is from full precision
       .used           touched whenever the cache is opened
 
 A shard appears complete or not at all. A writer looks up under the folder's lock what is there already and commits the
@@ -97,7 +99,7 @@ class ReferenceCache:
             folder: where it is or will be.
             identity: the reference whose log-probs it holds.
             named_by_user: whether the recipe names the folder, for the wording of problems.
-            after_commit: called with every shard that this process commits.
+            after_commit: called with every file that this process commits: shards, the certificate.
 
         Raises:
             CacheError: the folder holds another reference, something else, or a damaged shard.
@@ -188,7 +190,7 @@ class ReferenceCache:
         Raises:
             CacheError: the disk is full or refuses; no partial shard is left behind.
         """
-        with self._said_plainly(), locked(self.folder, WRITING):
+        with self.said_plainly(), locked(self.folder, WRITING):
             remove_stale(self.folder)
             self.refresh()
             _, first = np.unique(np.array(rows.keys, dtype=object), return_index=True)
@@ -201,10 +203,14 @@ class ReferenceCache:
                 order=self._next_order(), level=0,
             )  # fmt: skip
             self.refresh()
-        if self._after_commit is not None:
-            self._after_commit(self.folder / str(name))
+        self.committed(self.folder / str(name))
         self._merge_if_due()
         return self.folder / str(name)
+
+    def committed(self, file: Path) -> None:
+        """Say that a file of this cache is complete: a cache at a URL sends it there."""
+        if self._after_commit is not None:
+            self._after_commit(file)
 
     def adopt(self, file: Path) -> Adopted:
         """Take the rows of a shard from elsewhere that are not here yet.
@@ -213,7 +219,7 @@ class ReferenceCache:
             CacheError: the shard is damaged or of another reference, or the disk refuses; nothing was taken.
         """
         theirs, _ = read_index(file, fingerprint=self.identity.fingerprint)
-        with self._said_plainly(), locked(self.folder, WRITING):
+        with self.said_plainly(), locked(self.folder, WRITING):
             self.refresh()
             places = self._index.find(theirs.keys)
             known = places >= 0
@@ -230,7 +236,8 @@ class ReferenceCache:
         return max((name.order for name in self._shards), default=0) + 1
 
     @contextlib.contextmanager
-    def _said_plainly(self) -> Iterator[None]:
+    def said_plainly(self) -> Iterator[None]:
+        """Say of what the disk refuses that it was this cache."""
         try:
             yield
         except OSError as error:
@@ -259,14 +266,14 @@ class ReferenceCache:
 
     def compact(self, *, all_levels: bool = True, patience: float = PATIENCE) -> Merged:
         """Merge small shards, as `prefopt.reference.compaction.compact` does."""
-        with self._said_plainly():
+        with self.said_plainly():
             done = compact(self.folder, self.identity.fingerprint, all_levels=all_levels, patience=patience)
         self.refresh()
         return done
 
     def keep_only(self, keys: Collection[bytes], *, dry_run: bool = False) -> Merged:
         """Drop every completion but these, as `prefopt.reference.compaction.keep_only` does."""
-        with self._said_plainly():
+        with self.said_plainly():
             done = keep_only(self.folder, self.identity.fingerprint, keys, dry_run=dry_run)
         self.refresh()
         return done

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from prefopt.prepare import prepare, with_sandbox
+from prefopt.prepare import Prepared, prepare, with_sandbox
 from prefopt.recipe import Recipe
 from prefopt.reference.cache import ReferenceCache
 from prefopt.reference.claims import Worker
@@ -20,6 +20,10 @@ def build_cache(recipe: Recipe, console: Console) -> None:
     if Worker.launched().rank:  # one of several processes speaks
         console = Console(quiet=True)
     prepared = prepare(recipe, quiet=not console.is_terminal)
+    if remark := not_cacheable(prepared):
+        console.print(remark)
+    if prepared.loss.needs.sequential_kl:
+        return
     reference = cached_reference(prepared, console)
     report = reference.report
     console.print(
@@ -27,6 +31,22 @@ def build_cache(recipe: Recipe, console: Console) -> None:
         f"({report.tokens:,} tokens in {report.seconds:.1f} s)"
     )
     _show(reference.cache, console)
+
+
+def not_cacheable(prepared: Prepared) -> str:
+    """Say what of a recipe's reference no cache can hold; empty where it can hold all."""
+    sync = prepared.recipe.reference.sync
+    if prepared.loss.needs.sequential_kl:
+        return (
+            "the loss reads the reference's whole next-token distributions, which no cache holds: the run keeps the "
+            "reference in memory"
+        )
+    if sync is not None:
+        return (
+            f"the reference moves every {sync.every} steps: its log-probs of the training data are computed in every "
+            "step and not cached; those of held-out data are, by the initial reference"
+        )
+    return ""
 
 
 def cache_info(recipe: Recipe, console: Console) -> None:

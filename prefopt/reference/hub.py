@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,17 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from prefopt.errors import CacheError, Problem
 from prefopt.reference.cache import HALF_STEP, Adopted, ReferenceCache
+from prefopt.reference.certificate import Certificate
+from prefopt.reference.certificate_file import (
+    adopt_certificate,
+    certificate_elsewhere,
+    certificate_file,
+    certificate_name,
+    read_certificate,
+    says_more,
+)
 from prefopt.reference.index import KeyIndex
-from prefopt.reference.note import NOTE, note_of, refuse_other_reference
+from prefopt.reference.note import BROUGHT, CERTIFICATES, NOTE, note_of, refuse_other_reference
 from prefopt.reference.publishing import SUFFIX
 from prefopt.reference.remote import shards_without
 from prefopt.reference.shards import damage, read_index, shard_names
@@ -24,11 +34,11 @@ CARD = "README.md"
 
 
 def push_to_hub(cache: ReferenceCache, repository: str, *, private: bool = True) -> int:
-    """Send the completions that a repository lacks, in one commit; it is made where there is none.
+    """Send the completions that a repository lacks, and a certificate of a larger sample, in one commit.
 
     Args:
         cache: whose completions.
-        repository: `owner/name` of a dataset repository.
+        repository: `owner/name` of a dataset repository, which is made where there is none.
         private: of a repository that is made now; one that exists stays as it is.
 
     Returns:
@@ -48,6 +58,8 @@ def push_to_hub(cache: ReferenceCache, repository: str, *, private: bool = True)
     with tempfile.TemporaryDirectory(dir=cache.folder, prefix=".push-", suffix=SUFFIX) as temporary:
         folder = Path(temporary)
         _, rows = shards_without(cache, held, folder, after=names[-1].order if names else 0)
+        if says_more(read_certificate(cache), _certificate(cache, there, repository)):
+            shutil.copy(certificate_file(cache), folder)
         if not (there / NOTE).exists():
             (folder / NOTE).write_bytes(note_of(cache.identity))
         if not (there / CARD).exists():
@@ -77,18 +89,29 @@ def pull_from_hub(cache: ReferenceCache, repository: str, *, revision: str | Non
     if wrong:
         fix = "fetch it again: remove it from the hub's cache folder; or push it anew"
         raise CacheError([Problem(repository, "shards as they were pushed", line, fix) for line in wrong])
-    return sum((cache.adopt(file) for file in files), Adopted(0, 0, 0.0))
+    certificate = _certificate(cache, there, repository)
+    taken = sum((cache.adopt(file) for file in files), Adopted(0, 0, 0.0))
+    if certificate is not None:
+        adopt_certificate(cache, certificate)
+    return taken
+
+
+def _certificate(cache: ReferenceCache, there: Path, repository: str) -> Certificate | None:
+    file = there / certificate_name(cache.identity)
+    return certificate_elsewhere(file.read_bytes(), cache, place=repository) if file.exists() else None
 
 
 def _fetch(api: HfApi, repository: str, revision: str | None = None) -> Path:
     """Fetch a repository's files into the hub's own cache, which holds each of them once."""
-    patterns = ["shard-*.parquet", NOTE, CARD]
+    patterns = ["shard-*.parquet", CERTIFICATES, NOTE, CARD]
     return Path(api.snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=patterns))
 
 
 def _refuse_other(cache: ReferenceCache, there: Path, repository: str) -> None:
     if (there / NOTE).exists():
-        refuse_other_reference((there / NOTE).read_bytes(), cache.identity, where=repository, place=repository)
+        refuse_other_reference(
+            (there / NOTE).read_bytes(), cache.identity, where=repository, place=repository, fix=BROUGHT
+        )
 
 
 @contextmanager
@@ -137,6 +160,8 @@ optimization (DPO and its relatives) need these numbers and not the model.
 | `token_logps` | its terms, nats, 16 bit: relative error at most {HALF_STEP:g} |
 
 Of several rows with one name, the first in the order of the shards' names holds.
+
+Where the reference is quantized, `{CERTIFICATES}` states how far it is from full precision, on a sample.
 
 **Computed with**
 

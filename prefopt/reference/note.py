@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ from prefopt.reference.identity import ReferenceIdentity
 from prefopt.reference.publishing import publish
 
 NOTE = "reference.json"
+CERTIFICATES = "certificate-*.json"
+"""Names of certificates, which lie beside the shards."""
+
+OPENED = "use reference.cache=auto, which keeps one folder per reference, or another place"
+BROUGHT = "give model and reference in the recipe as they were there, or choose another place"
+"""What to do about another reference's cache: one that is worked in, and one that is copied from or to."""
 
 
 def claim(folder: Path, identity: ReferenceIdentity, *, named_by_user: bool = False) -> None:
@@ -59,7 +66,9 @@ def read_note(content: bytes, *, where: str, place: str) -> dict[str, Any]:
         ) from error  # fmt: skip
 
 
-def refuse_other_reference(content: bytes, identity: ReferenceIdentity, *, where: str, place: str) -> None:
+def refuse_other_reference(
+    content: bytes, identity: ReferenceIdentity, *, where: str, place: str, fix: str = OPENED
+) -> None:
     """Raise CacheError, with both fingerprints, where a `reference.json` is not this reference's."""
     stored = read_note(content, where=where, place=place)
     there = stored["fingerprint"]
@@ -71,14 +80,18 @@ def refuse_other_reference(content: bytes, identity: ReferenceIdentity, *, where
             where,
             f"a cache of reference {identity.fingerprint[:12]}",
             f"{place} was written by reference {there[:12]} ({differing})",
-            "use reference.cache=auto, which keeps one folder per reference, or another place",
+            fix,
         )
     )
 
 
 def _refuse_other_content(folder: Path, where: str) -> None:
-    """Raise CacheError where a folder without a note holds files: they are somebody's own."""
-    foreign = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    """Raise CacheError where a folder without a note holds files: they are somebody's own.
+
+    A certificate is ours: it may stay where shards and note were removed.
+    """
+    entries = (entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    foreign = sorted(name for name in entries if not fnmatch(name, CERTIFICATES))
     if foreign and not (folder / NOTE).exists():
         raise CacheError(
             Problem(where, "an empty or new folder, or a reference cache",

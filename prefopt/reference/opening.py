@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from prefopt.data.groups import GroupDataset, PromptGroup
+from prefopt.errors import CacheError, Problem
 from prefopt.forward import Layout, Scorer
 from prefopt.layout import probe_group, settle_layout
 from prefopt.memory import free_models
@@ -23,7 +24,8 @@ from prefopt.reference.build import BuildReport, fill_cache
 from prefopt.reference.build_plan import Wanted
 from prefopt.reference.build_progress import BuildProgress
 from prefopt.reference.cache import ReferenceCache
-from prefopt.reference.certificate import Certificate, certify
+from prefopt.reference.certificate import Certificate
+from prefopt.reference.certifying import certify
 from prefopt.reference.claims import Worker
 from prefopt.reference.identity import ReferenceIdentity, identify
 from prefopt.reference.keys import dataset_keys
@@ -46,7 +48,16 @@ class CachedReference:
 
 
 def open_cache(recipe: Recipe) -> ReferenceCache:
-    """Open the cache that a recipe names, for the reference that it names."""
+    """Open the cache that a recipe names, for the reference that it names.
+
+    Raises:
+        CacheError: the recipe wants none, or it is not this reference's.
+    """
+    if recipe.reference.cache == "off":
+        raise CacheError(
+            Problem("reference.cache", "a cache: auto, a folder or a URL", "off",
+                    "remove it, or give reference.cache=auto on the command line")
+        )  # fmt: skip
     identity = identify(reference_source(recipe))
     if recipe.reference.cache == "auto":
         folder = cache_root() / "reference" / identity.fingerprint[:32]

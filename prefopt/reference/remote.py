@@ -21,10 +21,19 @@ import fsspec
 from prefopt.errors import CacheError, Problem
 from prefopt.paths import cache_root
 from prefopt.reference.cache import Adopted, ReferenceCache
+from prefopt.reference.certificate import Certificate
+from prefopt.reference.certificate_file import (
+    adopt_certificate,
+    certificate_elsewhere,
+    certificate_file,
+    certificate_name,
+    read_certificate,
+    says_more,
+)
 from prefopt.reference.identity import ReferenceIdentity
 from prefopt.reference.index import KeyIndex, Rows
 from prefopt.reference.merging import LARGEST, Source, merge
-from prefopt.reference.note import NOTE, note_of, refuse_other_reference
+from prefopt.reference.note import BROUGHT, NOTE, OPENED, note_of, refuse_other_reference
 from prefopt.reference.publishing import COMPACTING, SUFFIX, locked
 from prefopt.reference.shards import ShardName, damaged, digest_of, read_index, shard_names
 
@@ -32,21 +41,24 @@ from prefopt.reference.shards import ShardName, damaged, digest_of, read_index, 
 class RemoteFolder:
     """The shards of one reference at an fsspec URL."""
 
-    def __init__(self, url: str, identity: ReferenceIdentity) -> None:
-        """Look at a folder, which need not exist yet.
+    def __init__(self, url: str, identity: ReferenceIdentity, *, named_by_recipe: bool = False) -> None:
+        """Look at a folder, which need not exist yet; say of problems whether the recipe names it.
 
         Raises:
             CacheError: it is another reference's, or cannot be reached.
         """
         self.url = url
         self.identity = identity
+        self._where = "reference.cache" if named_by_recipe else url
         with self._said_plainly():
             self._system, self._path = fsspec.url_to_fs(url)
             self._system.invalidate_cache()
             note = f"{self._path}/{NOTE}"
             content = self._system.cat_file(note) if self._system.exists(note) else None
         if content is not None:
-            refuse_other_reference(content, identity, where="reference.cache", place=url)
+            refuse_other_reference(
+                content, identity, where=self._where, place=url, fix=OPENED if named_by_recipe else BROUGHT
+            )
 
     def names(self) -> list[ShardName]:
         """List the shards, the one that wins first."""
@@ -72,8 +84,15 @@ class RemoteFolder:
             raise CacheError(damaged(Path(self.url) / str(name), "its SHA-256 differs"))
         return file
 
+    def certificate(self, cache: ReferenceCache) -> Certificate | None:
+        """Read the certificate that is there of a cache's reference; None where there is none."""
+        file = f"{self._path}/{certificate_name(self.identity)}"
+        with self._said_plainly():
+            content = self._system.cat_file(file) if self._system.exists(file) else None
+        return None if content is None else certificate_elsewhere(content, cache, place=self.url)
+
     def send(self, file: Path) -> None:
-        """Copy a shard there: whole under a name of its own, then moved; with the note before the first."""
+        """Copy a shard or a certificate there: whole under another name, then moved; with the note before the first."""
         with self._said_plainly():
             self._system.makedirs(self._path, exist_ok=True)
             if not self._system.exists(f"{self._path}/{NOTE}"):
@@ -88,30 +107,39 @@ class RemoteFolder:
             yield
         except (OSError, ValueError, ImportError) as error:
             raise CacheError(
-                Problem("reference.cache", "a place that can be read and written", f"{self.url}: {error}",
+                Problem(self._where, "a place that can be read and written", f"{self.url}: {error}",
                         "check the URL, your rights and the network; what is on this machine is kept")
             ) from error  # fmt: skip
 
 
 def pull(cache: ReferenceCache, remote: RemoteFolder) -> Adopted:
-    """Fetch the shards that hold a completion which the cache lacks."""
+    """Fetch the shards that hold a completion which the cache lacks, and a certificate of a larger sample."""
     total = Adopted(0, 0, 0.0)
+    certificate = remote.certificate(cache)
     for name in remote.names():
         if cache.holds(remote.index(name).keys).all():
             continue
         with tempfile.TemporaryDirectory(dir=cache.folder, prefix=".pull-", suffix=SUFFIX) as temporary:
             total += cache.adopt(remote.fetch(name, Path(temporary)))
+    if certificate is not None:
+        adopt_certificate(cache, certificate)
     return total
 
 
 def push(cache: ReferenceCache, remote: RemoteFolder) -> int:
-    """Send the completions that the remote folder lacks; returns how many."""
+    """Send the completions that the remote folder lacks, and a certificate of a larger sample.
+
+    Returns:
+        Completions sent.
+    """
     names = remote.names()
     held = KeyIndex([remote.index(name) for name in names])
     with tempfile.TemporaryDirectory(dir=cache.folder, prefix=".push-", suffix=SUFFIX) as temporary:
         files, rows = shards_without(cache, held, Path(temporary), after=names[-1].order if names else 0)
         for file in files:
             remote.send(file)
+    if says_more(read_certificate(cache), remote.certificate(cache)):
+        remote.send(certificate_file(cache))
     return rows
 
 
@@ -158,13 +186,13 @@ def _chunks(sources: list[Source]) -> Iterator[list[Source]]:
 def open_remote(url: str, identity: ReferenceIdentity) -> ReferenceCache:
     """Open the cache that is at a URL, through a copy on this machine.
 
-    What is there and not here is fetched, what is here and not there is sent, and so is every shard that this process
-    commits. Where sending fails, the build goes on and the next opening sends it.
+    What is there and not here is fetched, what is here and not there is sent, and so is every shard or certificate that
+    this process commits. Where sending fails, the build goes on and the next opening sends it.
 
     Raises:
         CacheError: the URL is another reference's, or cannot be reached.
     """
-    remote = RemoteFolder(url, identity)
+    remote = RemoteFolder(url, identity, named_by_recipe=True)
     place = hashlib.sha256(url.encode()).hexdigest()[:16]
     folder = cache_root() / "mirrors" / f"{place}-{identity.fingerprint[:16]}"
 

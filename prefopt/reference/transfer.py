@@ -1,8 +1,9 @@
-"""A cache as one file: a tar of a manifest with SHA-256, `reference.json` and the shards, at any fsspec URL.
+"""A cache as one file: a tar of a manifest with SHA-256, `reference.json`, shards and certificate, at any fsspec URL.
 
     manifest.json    {"format": 1, "fingerprint": ..., "files": {name: {"bytes": ..., "sha256": ...}}}
     reference.json
     shard-....parquet
+    certificate-....json, where there is one
 
 Equal caches give equal archives. An archive is read in full against its manifest before the first row is taken.
 """
@@ -24,7 +25,14 @@ import fsspec
 
 from prefopt.errors import CacheError, Problem
 from prefopt.reference.cache import Adopted, ReferenceCache
-from prefopt.reference.note import NOTE, note_of, refuse_other_reference
+from prefopt.reference.certificate_file import (
+    adopt_certificate,
+    certificate_elsewhere,
+    certificate_file,
+    certificate_name,
+    read_certificate,
+)
+from prefopt.reference.note import BROUGHT, NOTE, note_of, refuse_other_reference
 from prefopt.reference.publishing import COMPACTING, SUFFIX, locked
 from prefopt.reference.shards import ShardName, shard_names
 
@@ -56,6 +64,8 @@ def export_cache(cache: ReferenceCache, target: str) -> int:
                  for line in wrong]
             )  # fmt: skip
         files = [cache.folder / str(name) for name in shard_names(cache.folder)]
+        if read_certificate(cache) is not None:
+            files.append(certificate_file(cache))
         manifest = _manifest(cache, files)
         return _written_whole(target, lambda stream: _pack(stream, manifest, note_of(cache.identity), files))
 
@@ -127,15 +137,23 @@ def import_cache(cache: ReferenceCache, source: str) -> Adopted:
     Raises:
         CacheError: the file is not such an archive, is damaged, or is of another reference; nothing was taken.
     """
-    with tempfile.TemporaryDirectory(dir=cache.folder, prefix=".import-", suffix=SUFFIX) as temporary:
-        shards = _unpack(cache, source, Path(temporary))
-        return sum((cache.adopt(file) for file in shards), Adopted(0, 0, 0.0))
+    with (
+        cache.said_plainly(),
+        tempfile.TemporaryDirectory(dir=cache.folder, prefix=".import-", suffix=SUFFIX) as temporary,
+    ):
+        files = _unpack(cache, source, Path(temporary))
+        name = certificate_name(cache.identity)
+        brought = [certificate_elsewhere(file.read_bytes(), cache, place=source) for file in files if file.name == name]
+        taken = sum((cache.adopt(file) for file in files if file.name != name), Adopted(0, 0, 0.0))
+        for certificate in brought:
+            adopt_certificate(cache, certificate)
+        return taken
 
 
 def _unpack(cache: ReferenceCache, source: str, folder: Path) -> list[Path]:
-    """Write the shards of an archive into a folder; every byte is checked."""
+    """Write the shards and the certificate of an archive into a folder; every byte is checked."""
     problems: list[Problem] = []
-    shards: list[Path] = []
+    files: list[Path] = []
     try:
         with fsspec.open(source, "rb") as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             listed = _read_manifest(archive, cache, source)
@@ -144,7 +162,7 @@ def _unpack(cache: ReferenceCache, source: str, folder: Path) -> list[Path]:
                 if problem is not None:
                     problems.append(problem)
                 elif member.name != NOTE:
-                    shards.append(folder / member.name)
+                    files.append(folder / member.name)
                 listed.pop(member.name, None)
     except (OSError, tarfile.TarError, ImportError, EOFError) as error:
         raise CacheError(
@@ -154,7 +172,7 @@ def _unpack(cache: ReferenceCache, source: str, folder: Path) -> list[Path]:
         problems.append(Problem(source, "every file of its manifest", f"without {', '.join(sorted(listed))}", _WITHOUT))
     if problems:
         raise CacheError(problems)
-    return shards
+    return files
 
 
 def _read_manifest(archive: tarfile.TarFile, cache: ReferenceCache, source: str) -> dict[str, dict[str, Any]]:
@@ -181,16 +199,16 @@ def _unpack_member(
     source: str,
     folder: Path,
 ) -> Problem | None:
-    """Check one file of an archive and, if it is a shard, write it; returns what is wrong with it."""
+    """Check one file of an archive and, if it is not the note, write it; returns what is wrong with it."""
     where = f"{member.name[:80]} of {source}"
-    known = member.name == NOTE or ShardName.parse(member.name) is not None
+    known = member.name in (NOTE, certificate_name(cache.identity)) or ShardName.parse(member.name) is not None
     if not (known and member.isfile() and member.name in listed):
         return Problem(where, "a file of the manifest: reference.json or a shard", "another one", _WITHOUT)
     if member.name == NOTE:
         content = _content(archive, member)
         digest, size = hashlib.sha256(content).hexdigest(), len(content)
         if {"bytes": size, "sha256": digest} == listed[NOTE]:
-            refuse_other_reference(content, cache.identity, where=source, place=source)
+            refuse_other_reference(content, cache.identity, where=source, place=source, fix=BROUGHT)
             return None
     else:
         digest, size = _copy(archive, member, folder / member.name)

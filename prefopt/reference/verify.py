@@ -16,8 +16,8 @@ from prefopt.models import ModelSource, default_device
 from prefopt.prepare import Prepared, prepare, reference_source, resolve_token_budget
 from prefopt.recipe import Recipe
 from prefopt.reference.cache import ReferenceCache
-from prefopt.reference.certificate import certify, why_no_certificate
 from prefopt.reference.certified_sample import CertifiedSample, cached_part, score_again
+from prefopt.reference.certifying import certify, why_no_certificate
 from prefopt.reference.identity import file_hashes, model_folder, weight_files
 from prefopt.reference.opening import open_cache, reference_in_memory
 
