@@ -672,7 +672,8 @@ def test_a_recipe_without_a_cache_builds_none(tmp_path, monkeypatch):
         ({"reference": {"sync": {"every": 2}}}, "the reference moves every 2 steps", True),
     ],
 )
-def test_what_no_cache_can_hold_is_said_and_not_scored(tmp_path, changes, said, cached):
+def test_what_no_cache_can_hold_is_said_and_not_scored(tmp_path, monkeypatch, changes, said, cached):
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))  # other tests score the same small model
     console = Console(file=io.StringIO(), width=400)
     recipe = make_recipe(tmp_path, **changes)
     build_cache(recipe, console)
