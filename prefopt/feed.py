@@ -51,11 +51,11 @@ class Feed:
         """Return the feed without what is a constant to the policy's gradient."""
         return replace(self, partners=None, reference=self.reference if self.needs.sequential_kl else None)
 
-    def batch(self, micro: Sequence[Slice], device: torch.device) -> RaggedBatch:
-        """Lay a micro-batch out, on the device."""
+    def batch(self, micro: Sequence[Slice], device: torch.device, *, both_sides: bool = False) -> RaggedBatch:
+        """Lay a micro-batch out, on the device; `both_sides` computes rejected completions that the loss leaves out."""
         groups = [self.dataset[part.group] for part in micro]
-        batch = make_batch(groups, micro, rejected=self.rejected, gold=self.needs.gold, lists=self.needs.lists)
-        return batch.to(device)
+        rejected = both_sides or self.rejected
+        return make_batch(groups, micro, rejected=rejected, gold=self.needs.gold, lists=self.needs.lists).to(device)
 
     def scored(self, module: nn.Module, micro: Sequence[Slice], batch: RaggedBatch) -> Scored:
         """Compute what the loss reads of a micro-batch; gradient flows as the caller has it."""
@@ -75,9 +75,7 @@ class Feed:
         plan = pack_slices(self.dataset, everything, token_budget=token_budget, gold=self.needs.gold, unit=self.unit)
         with evaluating(scorer):
             for micro in plan.micro_batches:
-                groups = [self.dataset[part.group] for part in micro]
-                batch = make_batch(groups, micro, gold=self.needs.gold, lists=self.needs.lists).to(device)
-                yield self.scored(scorer, micro, batch), plan
+                yield self.scored(scorer, micro, self.batch(micro, device, both_sides=True)), plan
                 trim(device)
 
     @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -12,10 +11,8 @@ import torch
 
 pytest.importorskip("trl")
 
-from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_trl import make_model, make_pairs, make_tokenizer
 from trl import DPOConfig, DPOTrainer
 
 from prefopt.errors import DataError, UserError
@@ -24,47 +21,7 @@ from prefopt.integrations.trl_options import unfed
 from prefopt_losses import Loss, LossError, Running, Score, Term, TokenWeights, convex, get_loss
 from prefopt_losses.terms import FromRecord
 
-WORDS = [f"w{index}" for index in range(40)]
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def make_tokenizer():
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {word: 4 + i for i, word in enumerate(WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-def make_model(seed):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=44,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.4,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config)
-
-
-def make_pairs(rows=6, **columns):
-    choose = random.Random(0)
-
-    def text(low, high):
-        return " ".join(choose.choices(WORDS, k=choose.randint(low, high)))
-
-    texts = {
-        "prompt": [text(3, 6) for _ in range(rows)],
-        "chosen": [" " + text(2, 9) for _ in range(rows)],
-        "rejected": [" " + text(4, 12) for _ in range(rows)],
-    }
-    return Dataset.from_dict(texts | columns)
 
 
 @pytest.fixture
@@ -85,8 +42,8 @@ def make(tmp_path):
             "logging_steps": 1,
         }
         arguments = {
-            "model": model or make_model(0),
-            "ref_model": make_model(1) if ref else None,
+            "model": model or make_model(0, layers=1),
+            "ref_model": make_model(1, layers=1) if ref else None,
             "args": DPOConfig(**common | options),
             "train_dataset": data or make_pairs(),
             "processing_class": make_tokenizer(),
@@ -218,7 +175,7 @@ def test_a_token_mean_does_not_depend_on_how_the_step_is_cut(make):
         )
         trainer.train()
         weights.append(torch.cat([each.detach().flatten() for each in trainer.model.parameters()]))
-    start = torch.cat([each.detach().flatten() for each in make_model(0).parameters()])
+    start = torch.cat([each.detach().flatten() for each in make_model(0, layers=1).parameters()])
     assert (weights[0] - start).norm() > 1e-2
     assert (weights[1] - weights[0]).norm() <= 1e-4 * (weights[0] - start).norm()
 

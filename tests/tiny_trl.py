@@ -20,14 +20,14 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def make_model(seed):
+def make_model(seed, layers=2):
     """A random Llama whose weights are large enough that policy and reference disagree by several nats."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=44,
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         initializer_range=0.4,
@@ -38,18 +38,18 @@ def make_model(seed):
     return LlamaForCausalLM(config)
 
 
-def make_pairs(rows=6):
+def make_pairs(rows=6, **more):
     choose = random.Random(0)
 
     def text(low, high):
         return " ".join(choose.choices(WORDS, k=choose.randint(low, high)))
 
-    columns = {
+    texts = {
         "prompt": [text(3, 6) for _ in range(rows)],
         "chosen": [" " + text(2, 9) for _ in range(rows)],
         "rejected": [" " + text(4, 12) for _ in range(rows)],
     }
-    return Dataset.from_dict(columns)
+    return Dataset.from_dict(texts | more)
 
 
 def settings(folder):

@@ -103,7 +103,6 @@ def cached_reference(prepared: Prepared, console: Console, *, only: Collection[s
             worker=worker,
             progress=progress,
         )
-        # Everything is cached here, and what was loaded to score it is still in memory: `scorer()` gives it.
     logps = {name: CachedLogps(cache, one.dataset, one.keys, tokens=needs.tokens) for name, one in wanted.items()}
     certificate = None
     if only is None:  # here no model is in memory
