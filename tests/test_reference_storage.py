@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import json
 import os
 import re
-import tarfile
 import time
-from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from caches import assert_holds, files, flip, identity, reopened, rows
 from datasets import load_dataset
-from rich.console import Console
-from world import make_recipe, quiet
 
-from prefopt.cli import main
 from prefopt.errors import CacheError
-from prefopt.prepare import prepare
 from prefopt.reference import merging
-from prefopt.reference.cache import HALF_STEP, ReferenceCache, ScoredRows, text_key
-from prefopt.reference.commands import build_cache
-from prefopt.reference.folders import cache_folders
-from prefopt.reference.hub import pull_from_hub, push_to_hub
-from prefopt.reference.identity import ReferenceIdentity
+from prefopt.reference.cache import ReferenceCache, ScoredRows, text_key
 from prefopt.reference.index import KeyIndex, Rows, as_words
-from prefopt.reference.opening import open_cache
 from prefopt.reference.publishing import STALE
-from prefopt.reference.remote import RemoteFolder, open_remote, pull, push
 from prefopt.reference.shards import GROUP_TOKENS, shard_names
-from prefopt.reference.transfer import export_cache, import_cache
-
-
-def identity(weights: str = "0") -> ReferenceIdentity:
-    return ReferenceIdentity(weights * 64, "0" * 64, {}, "float32", "float32")
 
 
 @pytest.fixture
@@ -48,30 +29,6 @@ def cache(tmp_path):
 @pytest.fixture
 def other(tmp_path):
     return ReferenceCache(tmp_path / "other", identity())
-
-
-def rows(numbers, *, shift: float = 0.0) -> ScoredRows:
-    """Completions by number; a number always gives the same key and, without shift, the same log-probs."""
-    keys = [text_key(np.array([n]), np.array([n, 1])) for n in numbers]
-    logps = [-np.random.default_rng(n).random(1 + n % 7) * 9 - shift for n in numbers]
-    return ScoredRows(keys, np.array([one.sum() for one in logps]), np.array([len(one) for one in logps]), logps)
-
-
-def assert_holds(cache: ReferenceCache, some: ScoredRows) -> None:
-    found, sums, tokens = cache.lookup(some.keys)
-    assert found.all()
-    np.testing.assert_array_equal(sums, some.sums.astype(np.float32))
-    np.testing.assert_array_equal(tokens, some.tokens)
-    for stored, exact in zip(cache.token_logps(some.keys), some.token_logps):
-        np.testing.assert_allclose(stored, exact, rtol=HALF_STEP)
-
-
-def files(cache: ReferenceCache) -> list[Path]:
-    return [cache.folder / str(name) for name in shard_names(cache.folder)]
-
-
-def reopened(cache: ReferenceCache) -> ReferenceCache:
-    return ReferenceCache(cache.folder, cache.identity)
 
 
 # Keys
@@ -261,12 +218,6 @@ def test_what_killed_writers_left_is_removed_after_an_hour(cache):
 # Damage
 
 
-def flip(file: Path, place: int) -> None:
-    content = bytearray(file.read_bytes())
-    content[place] ^= 0x10
-    file.write_bytes(content)
-
-
 def test_a_flipped_byte_anywhere_is_found_and_the_shard_named(cache):
     file = cache.commit(rows(range(3)))
     content = file.read_bytes()
@@ -336,285 +287,7 @@ def test_merged_shards_open_with_datasets(cache, tmp_path):
     assert all(len(one["token_logps"]) == one["tokens"] for one in table)
 
 
-# Pruning
-
-
-def test_keeping_some_drops_the_others_for_good(cache):
-    cache.commit(rows(range(50)))
-    cache.commit(rows(range(50, 60)))
-    cache.commit(rows(range(60, 70)))
-    stays = rows([*range(0, 50, 2), *range(50, 60), 12345])
-    assert cache.keep_only(stays.keys, dry_run=True).dropped == 35
-    assert len(reopened(cache)) == 70
-    assert cache.keep_only(stays.keys).dropped == 35
-    assert len(files(cache)) == 2
-    assert_holds(reopened(cache), rows([*range(0, 50, 2), *range(50, 60)]))
-    assert len(reopened(cache)) == 35
-    cache.commit(rows([1]))
-    assert_holds(reopened(cache), rows([1]))
-
-
-def test_prune_keeps_what_the_recipe_needs_and_says_what_goes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "root"))
-    recipe = make_recipe(tmp_path)
-    file = tmp_path / "test.yaml"
-    file.write_text(recipe.to_yaml())
-    build_cache(recipe, quiet())
-    cache = open_cache(recipe)
-    needed = len(cache)
-    cache.commit(rows(range(17)))
-    assert main(["cache", "prune", str(file), "--dry-run"]) == 0
-    assert "17 completions would be dropped" in capsys.readouterr().out
-    assert len(reopened(cache)) == needed + 17
-    assert main(["cache", "prune", str(file)]) == 0
-    assert "17 completions were dropped" in capsys.readouterr().out
-    assert len(reopened(cache)) == needed
-
-
-def test_caches_that_nobody_uses_are_listed_and_removed(tmp_path, monkeypatch, capsys):
-    root = tmp_path / "root"
-    monkeypatch.setenv("PREFOPT_CACHE", str(root))
-    old, new = (ReferenceCache(root / "reference" / one.fingerprint[:32], one) for one in map(identity, "12"))
-    old.commit(rows(range(7)))
-    (root / "reference" / "notes").mkdir()
-    (root / "reference" / "notes" / "mine.txt").write_text("mine")
-    os.utime(old.folder / ".used", (time.time() - 100 * 24 * 3600,) * 2)
-    assert [one.folder for one in cache_folders()] == [new.folder, old.folder]
-    assert main(["cache", "list"]) == 0
-    assert "100 days ago" in capsys.readouterr().out
-    assert main(["cache", "prune", "--unused", "90d", "--dry-run"]) == 0
-    assert "7 completions" in capsys.readouterr().out
-    assert old.folder.exists()
-    assert main(["cache", "prune", "--unused", "90d"]) == 0
-    assert str(old.folder) in capsys.readouterr().out
-    assert sorted(path.name for path in (root / "reference").iterdir()) == sorted([new.folder.name, "notes"])
-    assert main(["cache", "prune", "--unused", "soon"]) == 2
-
-
-# One file
-
-
-@pytest.mark.parametrize("where", ["{folder}/cache.tar", "file://{folder}/cache.tar", "memory://{folder}/cache.tar"])
-def test_an_archive_brings_what_is_missing_and_changes_nothing(tmp_path, cache, other, where):
-    target = where.format(folder=tmp_path)
-    cache.commit(rows(range(10)))
-    cache.commit(rows(range(10, 20)))
-    other.commit(rows(range(5), shift=0.25))
-    assert export_cache(cache, target) > 0
-    taken = import_cache(other, target)
-    assert (taken.new, taken.known) == (15, 5)
-    assert taken.largest_difference == pytest.approx(0.25 * 5, rel=1e-5)
-    assert_holds(reopened(other), rows(range(5), shift=0.25))
-    assert_holds(reopened(other), rows(range(5, 20)))
-    again = import_cache(other, target)
-    assert again.new == 0
-    assert other.check_shards() == []
-    assert not [file.name for file in other.folder.iterdir() if file.name.endswith(".partial")]
-
-
-def test_equal_caches_give_equal_archives(tmp_path, cache):
-    cache.commit(rows(range(10)))
-    for name in "ab":
-        export_cache(cache, str(tmp_path / name))
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-def test_a_flipped_byte_in_an_archive_is_refused_and_nothing_is_taken(tmp_path, cache, other):
-    cache.commit(rows(range(40)))
-    archive = tmp_path / "cache.tar"
-    export_cache(cache, str(archive))
-    with tarfile.open(archive) as members:
-        places = [member.offset_data + member.size // 2 for member in members]
-    content = archive.read_bytes()
-    for place in places:
-        flip(archive, place)
-        with pytest.raises(CacheError, match=r"cache\.tar"):
-            import_cache(other, str(archive))
-        archive.write_bytes(content)
-    archive.write_bytes(content[: len(content) // 2])
-    with pytest.raises(CacheError, match=r"cache\.tar"):
-        import_cache(other, str(archive))
-    assert len(reopened(other)) == 0
-
-
-def test_an_archive_with_other_files_or_of_another_reference_is_refused(tmp_path, cache, other):
-    cache.commit(rows(range(4)))
-    archive = tmp_path / "cache.tar"
-    export_cache(cache, str(archive))
-    foreign = ReferenceCache(tmp_path / "foreign", identity("7"))
-    with pytest.raises(CacheError) as refusal:
-        import_cache(foreign, str(archive))
-    assert cache.identity.fingerprint[:12] in str(refusal.value)
-    assert foreign.identity.fingerprint[:12] in str(refusal.value)
-    evil = tmp_path / "evil.txt"
-    evil.write_text("x")
-    with tarfile.open(archive, "a") as members:
-        members.add(evil, arcname="../evil.txt")
-    with pytest.raises(CacheError, match="manifest"):
-        import_cache(other, str(archive))
-    with tarfile.open(tmp_path / "plain.tar", "w") as members:
-        members.add(evil, arcname="evil.txt")
-    for wrong in (tmp_path / "plain.tar", evil, tmp_path / "nowhere.tar"):
-        with pytest.raises(CacheError, match=wrong.name):
-            import_cache(other, str(wrong))
-    assert not (other.folder.parent / "x").exists()
-
-
-def test_a_failed_export_leaves_the_earlier_archive(tmp_path, cache):
-    file = cache.commit(rows(range(4)))
-    export_cache(cache, str(tmp_path / "cache.tar"))
-    before = (tmp_path / "cache.tar").read_bytes()
-    flip(file, 40)
-    with pytest.raises(CacheError, match=re.escape(file.name)):
-        export_cache(cache, str(tmp_path / "cache.tar"))
-    assert (tmp_path / "cache.tar").read_bytes() == before
-    flip(file, 40)
-    with pytest.raises(CacheError, match="nowhere"):
-        export_cache(cache, "nowhere://bucket/cache.tar")
-
-
-# Elsewhere
-
-
-@pytest.fixture(params=["file", "memory"])
-def url(request, tmp_path):
-    return f"{request.param}://{tmp_path}/remote"
-
-
-def test_two_machines_share_a_folder_at_a_url(tmp_path, monkeypatch, url):
-    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "one"))
-    one = open_remote(url, identity())
-    one.commit(rows(range(10)))
-    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "two"))
-    two = open_remote(url, identity())
-    assert_holds(two, rows(range(10)))
-    two.commit(rows(range(5, 15)))
-    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "one"))
-    assert_holds(open_remote(url, identity()), rows(range(15)))
-    assert push(one, RemoteFolder(url, identity())) == 0
-    with pytest.raises(CacheError) as refusal:
-        open_remote(url, identity("3"))
-    assert identity("3").fingerprint[:12] in str(refusal.value)
-    assert identity().fingerprint[:12] in str(refusal.value)
-
-
-def test_what_could_not_be_sent_is_sent_at_the_next_opening(tmp_path, monkeypatch, url):
-    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "one"))
-    cache = open_remote(url, identity())
-    with monkeypatch.context() as patch:
-        system = fsspec.url_to_fs(url)[0]
-        patch.setattr(type(system), "put_file", lambda *_, **__: (_ for _ in ()).throw(OSError("unplugged")))
-        with pytest.warns(UserWarning, match="unplugged"):
-            cache.commit(rows(range(3)))
-    assert RemoteFolder(url, identity()).names() == []
-    open_remote(url, identity())
-    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "two"))
-    assert_holds(open_remote(url, identity()), rows(range(3)))
-
-
-def test_a_half_written_remote_shard_is_refused_and_named(cache, other, url):
-    cache.commit(rows(range(100)))
-    remote = RemoteFolder(url, identity())
-    assert push(cache, remote) == 100
-    (name,) = remote.names()
-    system, path = fsspec.url_to_fs(f"{url}/{name}")
-    content = system.cat_file(path)
-    for broken in (content[: len(content) // 2], content[:60] + b"!" + content[61:]):
-        system.pipe_file(path, broken)
-        with pytest.raises(CacheError, match=str(name)):
-            pull(other, remote)
-    assert len(reopened(other)) == 0
-
-
-class Hub:
-    """Repositories in a folder, behind the calls of `HfApi` that we make."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.private: dict[str, bool] = {}
-        self.uploads = 0
-
-    def create_repo(self, repo_id, *, repo_type, private, exist_ok):
-        assert repo_type == "dataset"
-        assert exist_ok
-        self.private.setdefault(repo_id, private)
-        (self.root / repo_id).mkdir(parents=True, exist_ok=True)
-
-    def snapshot_download(self, repo_id, *, repo_type, revision, allow_patterns):
-        assert repo_type == "dataset"
-        if not (self.root / repo_id).is_dir():
-            raise FileNotFoundError(f"no repository {repo_id}")
-        return str(self.root / repo_id)
-
-    def upload_folder(self, *, repo_id, repo_type, folder_path, commit_message):
-        assert repo_type == "dataset"
-        self.uploads += 1
-        for file in Path(folder_path).iterdir():
-            (self.root / repo_id / file.name).write_bytes(file.read_bytes())
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    stand_in = Hub(tmp_path / "hub")
-    monkeypatch.setattr("prefopt.reference.hub.HfApi", lambda: stand_in)
-    return stand_in
-
-
-def test_a_hub_repository_is_private_has_a_card_and_gives_back_what_was_pushed(tmp_path, cache, other, hub):
-    for begin in range(0, 30, 10):
-        cache.commit(rows(range(begin, begin + 10)))
-    assert push_to_hub(cache, "me/logps") == 30
-    assert hub.private == {"me/logps": True}
-    repository = hub.root / "me" / "logps"
-    card = (repository / "README.md").read_text()
-    assert cache.identity.fingerprint in card
-    assert "prefopt cache pull RECIPE me/logps" in card
-    assert "nats" in card
-    table = load_dataset("parquet", data_files=str(repository / "*.parquet"), cache_dir=str(tmp_path / "d"))["train"]
-    assert len(table) == 30
-    assert pull_from_hub(other, "me/logps").new == 30
-    assert_holds(reopened(other), rows(range(30)))
-    cache.commit(rows(range(30, 33)))
-    assert push_to_hub(cache, "me/logps") == 3
-    assert push_to_hub(cache, "me/logps") == 0
-    assert hub.uploads == 2
-    assert pull_from_hub(other, "me/logps").new == 3
-
-
-def test_a_hub_repository_of_another_reference_or_damaged_or_missing_is_refused(tmp_path, cache, other, hub):
-    cache.commit(rows(range(10)))
-    push_to_hub(cache, "me/logps")
-    foreign = ReferenceCache(tmp_path / "foreign", identity("7"))
-    for call in (push_to_hub, pull_from_hub):
-        with pytest.raises(CacheError, match=cache.identity.fingerprint[:12]):
-            call(foreign, "me/logps")
-    (shard,) = (hub.root / "me" / "logps").glob("*.parquet")
-    flip(shard, 30)
-    with pytest.raises(CacheError, match=re.escape(shard.name)):
-        pull_from_hub(other, "me/logps")
-    with pytest.raises(CacheError, match="me/nothing"):
-        pull_from_hub(other, "me/nothing")
-    (hub.root / "me" / "data").mkdir()
-    with pytest.raises(CacheError, match=r"reference\.json"):
-        pull_from_hub(other, "me/data")
-    assert len(reopened(other)) == 0
-
-
-def test_the_command_line_moves_a_cache_from_one_user_to_another(tmp_path, monkeypatch, capsys, hub):
-    recipe = make_recipe(tmp_path)
-    file, archive = tmp_path / "test.yaml", tmp_path / "cache.tar"
-    file.write_text(recipe.to_yaml())
-    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "one"))
-    build_cache(recipe, quiet())
-    rows_there = len(open_cache(recipe))
-    for words in (["compact"], ["export", archive], ["push", "me/logps"], ["push", f"memory://{tmp_path}/far"]):
-        assert main(["cache", words[0], str(file), *map(str, words[1:])]) == 0
-    for user, words in {"two": ["import", archive], "three": ["pull", "me/logps"],
-                        "four": ["pull", f"memory://{tmp_path}/far"]}.items():  # fmt: skip
-        monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / user))
-        assert main(["cache", words[0], str(file), *map(str, words[1:])]) == 0
-        assert f"{rows_there:,} completions taken" in capsys.readouterr().out
-        assert len(open_cache(recipe)) == rows_there
+# A million
 
 
 def test_reading_a_cache_of_a_million_needs_no_token_log_probs(cache, monkeypatch):
@@ -637,63 +310,3 @@ def test_an_index_takes_keys_in_any_form():
     assert words.shape == (4, 4)
     assert [bytes(one) for one in words] == keys
     assert json.dumps(as_words([]).shape) == "[0, 4]"
-
-
-# What cannot be done is said of the cache
-
-
-def test_a_folder_that_refuses_a_build_is_named_before_anything_is_scored(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / "cache" / ".abc.partial"))
-
-    recipe = make_recipe(tmp_path, reference={"cache": str(tmp_path / "cache")})
-    open_cache(recipe)
-    monkeypatch.setattr("prefopt.reference.build_plan.publish", refuse)
-    with pytest.raises(CacheError) as refusal:
-        build_cache(recipe, quiet())
-    (problem,) = refusal.value.problems
-    assert problem.where == f"reference cache {tmp_path / 'cache'}"
-    assert "Read-only" in problem.given
-    assert ".partial" not in str(refusal.value)
-
-
-def test_a_recipe_without_a_cache_builds_none(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    recipe = make_recipe(tmp_path, reference={"cache": "off"})
-    with pytest.raises(CacheError, match=r"reference\.cache"):
-        build_cache(recipe, quiet())
-    assert not (tmp_path / "off").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "said", "cached"),
-    [
-        ({"loss": "tdpo2"}, "whole next-token distributions, which no cache holds", False),
-        ({"reference": {"sync": {"every": 2}}}, "the reference moves every 2 steps", True),
-    ],
-)
-def test_what_no_cache_can_hold_is_said_and_not_scored(tmp_path, monkeypatch, changes, said, cached):
-    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))  # other tests score the same small model
-    console = Console(file=io.StringIO(), width=400)
-    recipe = make_recipe(tmp_path, **changes)
-    build_cache(recipe, console)
-    assert said in console.file.getvalue()
-    held_out = prepare(recipe, quiet=True).data.eval
-    assert len(open_cache(recipe)) == (len(held_out.layout.completion_hashes) if cached else 0)
-
-
-def test_another_references_copy_is_refused_by_the_name_it_was_given(tmp_path, cache, hub, url):
-    cache.commit(rows(range(4)))
-    push(cache, RemoteFolder(url, cache.identity))
-    push_to_hub(cache, "me/logps")
-    export_cache(cache, str(tmp_path / "cache.tar"))
-    foreign = ReferenceCache(tmp_path / "foreign", identity("7"))
-    for place, call in {
-        url: lambda place: RemoteFolder(place, foreign.identity),
-        "me/logps": lambda place: pull_from_hub(foreign, place),
-        str(tmp_path / "cache.tar"): lambda place: import_cache(foreign, place),
-    }.items():
-        with pytest.raises(CacheError) as refusal:
-            call(place)
-        assert refusal.value.problems[0].where == place
-        assert "reference.cache" not in refusal.value.problems[0].fix
