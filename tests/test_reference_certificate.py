@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import json
 import math
 from dataclasses import replace
-from fnmatch import fnmatch
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from certificates import made_certificate, made_sample, opened
 from rich.console import Console
 from world import make_model, make_pairs, make_recipe, quiet, train
 
@@ -21,114 +18,20 @@ import prefopt.reference.full_precision as full_precision_room
 from prefopt.data.groups import Comparison
 from prefopt.errors import CacheError, ModelError
 from prefopt.invariant import StepZero, check_step_zero
-from prefopt.layout import plain_logps, probe_group
+from prefopt.layout import plain_logps
 from prefopt.models import load_model
 from prefopt.prepare import prepare, reference_source
-from prefopt.reference.cache import ReferenceCache
-from prefopt.reference.certificate import Certificate
 from prefopt.reference.certificate_file import certificate_file, read_certificate, store_certificate
 from prefopt.reference.certificate_table import WIDTH, certificate_table, sentence
-from prefopt.reference.certified_sample import CertifiedSample, cached_part, draw
-from prefopt.reference.certifying import certify, refuse_large_error, why_no_certificate
-from prefopt.reference.error_statistics import error_statistics, share_of
+from prefopt.reference.certified_sample import cached_part, draw
+from prefopt.reference.certifying import refuse_large_error, why_no_certificate
 from prefopt.reference.full_precision import full_precision, why_not_held
-from prefopt.reference.hub import pull_from_hub, push_to_hub
 from prefopt.reference.loss_effect import loss_effect, why_not_stated
-from prefopt.reference.opening import cached_reference, open_cache, reference_in_memory
-from prefopt.reference.remote import RemoteFolder, pull, push
-from prefopt.reference.transfer import export_cache, import_cache
+from prefopt.reference.opening import cached_reference, open_cache
 from prefopt.reference.verify import verify_cache
 from prefopt_losses import METHODS, LogProbs, get_loss
 
-# Statistics ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_statistics_are_those_of_the_textbook():
-    errors = np.array([1.0, -1.0, 3.0, -5.0])
-    found = error_statistics(errors, np.arange(4))
-    assert (found.count, found.mean, found.mean_abs, found.max_abs) == (4, -0.5, 2.5, 5.0)
-    assert found.rms == pytest.approx(3.0)
-    hundred = np.random.default_rng(0).permutation(np.arange(1, 101)) * np.tile([1, -1], 50)
-    assert error_statistics(hundred, np.arange(100)).p95_abs == 95
-
-
-def test_one_prompt_has_no_interval_and_nothing_has_no_statistics():
-    alone = error_statistics(np.array([1.0, 2.0]), np.array([7, 7]))
-    assert alone.mean == 1.5
-    assert alone.mean_interval is alone.p95_abs_interval is None
-    assert share_of(np.array([True]), np.array([7])).interval is None
-    assert error_statistics(np.empty(0), np.empty(0)) is None
-    assert share_of(np.empty(0, dtype=bool), np.empty(0)) is None
-
-
-def test_what_shares_a_prompt_does_not_count_as_more_evidence():
-    generator = np.random.default_rng(0)
-    errors, prompts = generator.normal(size=40), np.arange(40)
-    once = error_statistics(errors, prompts)
-    repeated = error_statistics(np.tile(errors, 8), np.tile(prompts, 8))
-    np.testing.assert_allclose(repeated.mean_interval, once.mean_interval)
-    np.testing.assert_allclose(repeated.rms_interval, once.rms_interval)
-    np.testing.assert_allclose(repeated.p95_abs_interval, once.p95_abs_interval)
-    naive = error_statistics(np.tile(errors, 8), np.arange(320))
-    assert np.ptp(naive.mean_interval) < 0.5 * np.ptp(once.mean_interval)
-
-
-def test_95_percent_intervals_hold_the_truth_about_95_times_in_100():
-    generator = np.random.default_rng(1)
-    held = dict.fromkeys(("mean", "mean_abs", "rms"), 0)
-    # Three comparisons of each of 60 prompts share half of their variance, which is 1 in all.
-    truth = {"mean": 0.0, "mean_abs": math.sqrt(2 / math.pi), "rms": 1.0}
-    for _ in range(200):
-        shared = np.repeat(generator.normal(size=60), 3)
-        found = error_statistics((shared + generator.normal(size=180)) / math.sqrt(2), np.repeat(np.arange(60), 3))
-        for name, value in truth.items():
-            low, high = getattr(found, f"{name}_interval")
-            held[name] += low <= value <= high
-    assert all(0.88 * 200 <= times <= 0.99 * 200 for times in held.values()), held
-
-
-def test_a_share_of_none_is_not_certain_to_be_none():
-    none = share_of(np.zeros(100, dtype=bool), np.arange(100))
-    assert none.share == 0
-    assert none.interval == (0.0, pytest.approx(1 - 0.025 ** (1 / 100)))
-    every = share_of(np.ones(100, dtype=bool), np.arange(100))
-    assert every.interval == (pytest.approx(0.025 ** (1 / 100)), 1.0)
-    half = share_of(np.arange(100) < 50, np.arange(100))
-    assert half.interval[0] == pytest.approx(0.4, abs=0.03)
-    assert half.interval[1] == pytest.approx(0.6, abs=0.03)
-
-
 # Samples and losses -------------------------------------------------------------------------------------------------
-
-
-def made_sample(pairs=40, seed=0, *, scale=2.0, unpaired=False):
-    """Completions of random log-probs and errors, two of each prompt."""
-    generator = np.random.default_rng(seed)
-    lengths = generator.integers(1, 20, 2 * pairs)
-    token_errors = generator.normal(0, scale / 3, lengths.sum()).astype(np.float16)
-    errors = np.add.reduceat(token_errors.astype(np.float64), np.r_[0, np.cumsum(lengths)[:-1]])
-    full = -generator.uniform(1, 60, 2 * pairs)
-    return CertifiedSample(
-        prompts=np.repeat(np.arange(pairs), 2),
-        lengths=lengths,
-        full=full,
-        cached=full + errors,
-        token_errors=token_errors,
-        comparisons=tuple(
-            Comparison(None if unpaired and n % 2 else 2 * n, None if unpaired and not n % 2 else 2 * n + 1,
-                       0.5 + generator.random() / 2, n + 1, (generator.random(),), (-1.0,), 0.3)
-            for n in range(pairs)
-        ),
-    )  # fmt: skip
-
-
-def made_certificate(sample=None, **changes):
-    sample = sample or made_sample()
-    facts = {
-        "fingerprint": "f" * 64, "quantization": "nf4", "full_precision": "float32", "sample": sample,
-        "drawn_from": 99, "versions": {"torch": "1"}, "device": "cpu", "made": "2026-01-01T00:00:00+00:00",
-    }  # fmt: skip
-    return Certificate(**{**facts, **changes})
 
 
 def test_the_errors_of_a_certificate_are_cached_minus_full():
@@ -267,19 +170,6 @@ def test_every_prompt_is_asked_once_before_any_is_asked_twice(tmp_path):
 
 
 # Certificates -------------------------------------------------------------------------------------------------------
-
-
-def opened(recipe, *, forbid=False, **options):
-    """Fill the cache of a recipe and certify it; `forbid` fails where a model would be loaded."""
-    prepared = prepare(recipe, quiet=True)
-    reference = cached_reference(prepared, quiet())
-
-    def open_model(source):
-        assert not forbid, "loaded a model"
-        return reference_in_memory(source, recipe, probe_group(prepared.data.train))
-
-    console = options.pop("console", quiet())
-    return reference.cache, certify(prepared, reference.cache, console, open_model=open_model, **options)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -504,131 +394,3 @@ def test_a_certificate_does_not_need_the_sample_of_a_launch_twice(tmp_path, monk
     loaded = []
     assert certifying_room.certify(prepared, cache, quiet(), open_model=loaded.append) is None
     assert not loaded
-
-
-# Travelling ---------------------------------------------------------------------------------------------------------
-
-
-class Hub:
-    """One repository in a folder, behind the calls of `HfApi` that are made."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def create_repo(self, *_, **__):
-        self.folder.mkdir(exist_ok=True)
-
-    def snapshot_download(self, *_, allow_patterns, **__):
-        assert any(fnmatch("certificate-0123456789abcdef.json", pattern) for pattern in allow_patterns)
-        return str(self.folder)
-
-    def upload_folder(self, *, folder_path, **__):
-        for file in Path(folder_path).iterdir():
-            (self.folder / file.name).write_bytes(file.read_bytes())
-
-
-def there_and_back(scheme):
-    """The calls that bring a cache to a URL and from there."""
-    return (
-        lambda cache, far: push(cache, RemoteFolder(f"{scheme}://{far}", cache.identity)),
-        lambda cache, far: pull(cache, RemoteFolder(f"{scheme}://{far}", cache.identity)),
-    )
-
-
-WAYS = {
-    "archive": (
-        lambda cache, far: export_cache(cache, f"{far}.tar"),
-        lambda cache, far: import_cache(cache, f"{far}.tar"),
-    ),
-    "file": there_and_back("file"),
-    "memory": there_and_back("memory"),
-    "hub": (lambda cache, far: push_to_hub(cache, "me/logps"), lambda cache, far: pull_from_hub(cache, "me/logps")),
-}
-
-
-@pytest.fixture(scope="module")
-def certified(tmp_path_factory):
-    """A cache with its certificate, and a certificate of a smaller sample of the same reference."""
-    folder = tmp_path_factory.mktemp("certified")
-    recipe = make_recipe(folder, reference={"quantization": "nf4", "cache": str(folder / "cache")})
-    cache, made = opened(recipe)
-    few = replace(made.sample, comparisons=made.sample.comparisons[:3])
-    return cache, made, replace(made, sample=few)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_certificate_travels_with_the_shards_and_replaces_only_a_smaller_one(tmp_path, monkeypatch, certified, way):
-    monkeypatch.setattr("prefopt.reference.hub.HfApi", lambda: Hub(tmp_path / "far"))
-    cache, made, smaller = certified
-    there, back = WAYS[way]
-    there(cache, tmp_path / "far")
-    for number, standing in enumerate((None, smaller)):
-        other = ReferenceCache(tmp_path / f"other-{number}", cache.identity)
-        if standing is not None:
-            store_certificate(other, standing)
-        back(other, tmp_path / "far")
-        assert certificate_file(other).read_bytes() == certificate_file(cache).read_bytes()
-        assert len(other) == len(cache)
-    poor = ReferenceCache(tmp_path / "poor", cache.identity)
-    store_certificate(poor, smaller)
-    there(poor, tmp_path / "far")
-    if way != "archive":  # an archive is written anew
-        back(other, tmp_path / "far")
-        assert read_certificate(other).comparisons == made.comparisons
-    back(cache, tmp_path / "far")
-    assert read_certificate(cache).comparisons == made.comparisons
-
-
-@pytest.mark.parametrize("way", ["file", "hub"])
-def test_a_certificate_that_changed_on_its_way_is_refused_and_named(tmp_path, monkeypatch, certified, way):
-    monkeypatch.setattr("prefopt.reference.hub.HfApi", lambda: Hub(tmp_path / "far"))
-    cache, _, _ = certified
-    there, back = WAYS[way]
-    there(cache, tmp_path / "far")
-    file = tmp_path / "far" / certificate_file(cache).name
-    stored = json.loads(file.read_text())
-    stored["sample"]["full"][0] += 1.0
-    file.write_text(json.dumps(stored))
-    other = ReferenceCache(tmp_path / "other", cache.identity)
-    with pytest.raises(CacheError, match=file.name) as refusal:
-        back(other, tmp_path / "far")
-    assert "SHA-256" in str(refusal.value)
-    assert not len(ReferenceCache(other.folder, other.identity))
-
-
-def test_a_cache_at_a_url_has_the_certificate_as_soon_as_it_is_made(tmp_path, monkeypatch):
-    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "one"))
-    recipe = make_recipe(tmp_path, reference={"quantization": "nf4", "cache": f"file://{tmp_path}/far"})
-    _, made = opened(recipe)
-    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "two"))
-    monkeypatch.setattr("prefopt.reference.opening.load_model", lambda *_: pytest.fail("loaded a model"))
-    cache, found = opened(recipe)
-    assert found.made == made.made
-    assert read_certificate(cache) is not None
-
-
-def test_merging_pruning_and_checking_leave_a_certificate_alone(tmp_path, certified):
-    cache, made, _ = certified
-    export_cache(cache, str(tmp_path / "cache.tar"))
-    other = ReferenceCache(tmp_path / "other", cache.identity)
-    import_cache(other, str(tmp_path / "cache.tar"))
-    other.compact()
-    other.keep_only([])
-    assert other.check_shards() == []
-    assert read_certificate(other).made == made.made
-    (other.folder / "reference.json").unlink()
-    assert read_certificate(ReferenceCache(other.folder, other.identity)) is not None
-
-
-def test_a_folder_that_may_only_be_read_gives_a_certificate_and_keeps_none(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr("prefopt.reference.certificate_file.partial_in", refuse)
-    recipe = make_recipe(tmp_path, reference={"quantization": "nf4", "cache": str(tmp_path / "cache")})
-    console = Console(file=io.StringIO(), width=400)
-    cache, made = opened(recipe, console=console)
-    assert made.comparisons
-    assert read_certificate(cache) is None
-    assert "the certificate is not kept" in console.file.getvalue()
-    assert "Read-only" in console.file.getvalue()

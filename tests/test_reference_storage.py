@@ -26,11 +26,6 @@ def cache(tmp_path):
     return ReferenceCache(tmp_path / "cache", identity())
 
 
-@pytest.fixture
-def other(tmp_path):
-    return ReferenceCache(tmp_path / "other", identity())
-
-
 # Keys
 
 
