@@ -1,8 +1,13 @@
 """Hidden states or logits -> log-probabilities of the target tokens, in fp32, in chunks, with gradients.
 
-The logits of a whole batch never exist: the language-model head is applied to a tile of positions at a time,
-in the forward pass and again in the backward pass (four head products in all, against three for dense
-cross-entropy, for a memory that does not grow with the number of tokens).
+The logits of a whole batch never exist: the head is applied to a tile of positions at a time. While a tile's logits
+are at hand, their slopes D = d logp / d logits are made of them, and what the backward pass needs is taken from D:
+
+    frozen head     d logp / d hidden = D W, so the backward pass is one multiplication: two head products in all
+    trained head    D itself, as far as `KEPT_BYTES` reach: the backward pass is d hidden = D W and d W = D' hidden,
+                    three products in all; tiles beyond that are computed again, four products
+
+Neither needs to know the loss, so every loss is served, also one that is taken over many batches.
 """
 
 from __future__ import annotations
@@ -11,10 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from prefopt_losses.errors import LossError
-from prefopt_losses.head import Head, HeadGradients, product_dtype, result_dtype, tile_size, tiles
+from prefopt_losses.head import Head, product, product_dtype, result_dtype, tile_size, tiles
+from prefopt_losses.workspace import borrow, give_back
+
+KEPT_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+"""Slopes of a trained head's logits that a forward pass keeps for its backward pass, at most: 2,048 positions of
+32,000 tokens in fp32 on a CPU, 4,096 of 128,000 in 16 bit on an accelerator."""
 
 
 def token_logps_from_logits(logits: Tensor, targets: Tensor) -> Tensor:
@@ -62,7 +73,8 @@ def token_logps_from_hidden(
         dtype of ``hidden``; everything after the product is fp32.
     """
     dtype, size = product_dtype(hidden), tile_size(hidden, weight.shape[0], chunk_size)
-    logps: Tensor = _ChunkedHead.apply(hidden.to(dtype), weight.to(dtype), bias, targets, float(scale), softcap, size)
+    learns = torch.is_grad_enabled()
+    logps: Tensor = _ChunkedHead.apply(hidden.to(dtype), weight, bias, targets, float(scale), softcap, size, learns)
     return logps
 
 
@@ -95,7 +107,7 @@ def left_aligned(logps: Tensor, mask: Tensor) -> Tensor:
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """Head, log-softmax and gather over tiles of positions; the backward pass recomputes each tile."""
+    """Head, log-softmax and gather over tiles of positions, with what the backward pass needs of each tile."""
 
     @staticmethod
     def forward(
@@ -107,28 +119,145 @@ class _ChunkedHead(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         size: int,
+        learns: bool,
     ) -> Tensor:
-        head = Head(weight, bias, scale, softcap)
+        head = Head(weight.to(hidden.dtype), bias, scale, softcap)
+        needs_hidden, *needs_head = (learns and needed for needed in ctx.needs_input_grad[:3])
+        trained = any(needs_head)
         logps = torch.empty(len(targets), dtype=result_dtype(hidden), device=hidden.device)
-        normalisers = torch.empty_like(logps)
-        for tile in tiles(len(targets), size):
-            logits = head(hidden[tile])
-            normalisers[tile] = torch.logsumexp(logits, dim=-1)
-            logps[tile] = logits.gather(1, targets[tile, None]).squeeze(1) - normalisers[tile]
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
-        ctx.scale, ctx.softcap, ctx.size = scale, softcap, size
+        kept = _kept(hidden, len(weight), len(targets)) if trained else None
+        slopes = torch.empty_like(hidden) if needs_hidden and not trained else None
+        with _Tiles(head, hidden, targets, size) as scorer:
+            for tile in tiles(len(targets), size):
+                logps[tile] = scorer.logps(tile)
+                if slopes is not None:
+                    slopes[tile] = scorer.logit_slopes(tile).to(hidden.dtype) @ head.weight
+                elif kept is not None and (rows := kept[tile]).shape[0]:
+                    rows.copy_(scorer.logit_slopes(tile)[: len(rows)])
+        ctx.save_for_backward(hidden, head.weight, bias, targets)
+        ctx.kept, ctx.slopes, ctx.size = kept, slopes, size
+        ctx.scale, ctx.softcap, ctx.dtypes = scale, softcap, (weight.dtype, None if bias is None else bias.dtype)
         return logps
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_logps,) = grad_outputs
-        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
-        head = Head(weight, bias, ctx.scale, ctx.softcap)
-        gradients = HeadGradients(head, hidden, normalisers.dtype, ctx.needs_input_grad[:3])
-        for tile in tiles(len(targets), ctx.size):
-            logits = head(hidden[tile])
-            # d logp / d z = onehot(y) - softmax(z)
-            grad = torch.exp(logits - normalisers[tile, None]).mul_(-grad_logps[tile, None])
-            grad.scatter_add_(1, targets[tile, None], grad_logps[tile, None])
-            gradients.add(tile, logits, grad)
-        return gradients.hidden, gradients.weight, gradients.bias, None, None, None, None
+        hidden, weight, bias, targets = ctx.saved_tensors
+        if ctx.slopes is not None:
+            return (ctx.slopes * grad_logps.to(hidden.dtype)[:, None], *(None,) * 7)
+        gradients = _Gradients(hidden, weight, grad_logps, ctx.needs_input_grad[:3])
+        kept, done = ctx.kept, 0 if ctx.kept is None else len(ctx.kept)
+        if done:
+            gradients.add(slice(0, done), kept)
+            give_back(kept)
+            ctx.kept = None
+        if done < len(targets):
+            with _Tiles(Head(weight, bias, ctx.scale, ctx.softcap), hidden, targets, ctx.size) as scorer:
+                for tile in tiles(len(targets) - done, ctx.size):
+                    rest = slice(tile.start + done, min(tile.stop + done, len(targets)))
+                    scorer.logps(rest)
+                    gradients.add(rest, scorer.logit_slopes(rest).to(hidden.dtype))
+        of_weight, of_bias = (
+            None if grad is None else grad.to(dtype) for grad, dtype in zip(gradients.of_head, ctx.dtypes)
+        )
+        return gradients.hidden, of_weight, of_bias, None, None, None, None, None
+
+
+class _Tiles:
+    """Logits, log-probs and slopes of one tile after another, in two buffers that all tiles share."""
+
+    def __init__(self, head: Head, hidden: Tensor, targets: Tensor, size: int) -> None:
+        self.head, self.hidden, self.targets = head, hidden, targets
+        shape = (min(size, len(targets)), len(head.weight))
+        dtype = result_dtype(hidden)
+        self._logits = borrow(shape, dtype, hidden.device)
+        self._softmax = borrow(shape, dtype, hidden.device)
+        self._low = None if hidden.dtype == dtype or hidden.is_cuda else borrow(shape, hidden.dtype, hidden.device)
+
+    def __enter__(self) -> _Tiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for buffer in (self._logits, self._softmax, self._low):
+            if buffer is not None:
+                give_back(buffer)
+
+    def logps(self, tile: slice) -> Tensor:
+        """Return the log-probs (positions,) of a tile, whose logits and softmax stand in the buffers from now on."""
+        hidden, targets = self.hidden[tile], self.targets[tile, None]
+        logits, softmax = self._logits[: len(hidden)], self._softmax[: len(hidden)]
+        self._multiply(hidden, targets, logits)
+        head = self.head
+        if head.bias is not None:
+            logits += head.bias
+        if head.scale != 1.0:
+            logits *= head.scale
+        if head.softcap is not None:
+            torch.tanh(logits.div_(head.softcap), out=logits).mul_(head.softcap)
+        torch.softmax(logits, dim=-1, out=softmax)
+        # logsumexp(z) = max z - log max p, and max p is at least 1 / vocab: nothing underflows.
+        normaliser = logits.amax(-1) - softmax.amax(-1).log()
+        return logits.gather(1, targets).squeeze(1) - normaliser
+
+    def _multiply(self, hidden: Tensor, targets: Tensor, logits: Tensor) -> None:
+        """Write W h of a tile into `logits`."""
+        weight = self.head.weight
+        if self._low is None:
+            logits.copy_(product(hidden, weight.t())) if hidden.is_cuda else torch.mm(hidden, weight.t(), out=logits)
+            return
+        # The product answers in 16 bit here, off by up to 2^-9 of a logit: the target's own one is computed in fp32.
+        logits.copy_(torch.mm(hidden, weight.t(), out=self._low[: len(hidden)]))
+        exact = (hidden.float() * weight[targets.squeeze(1)].float()).sum(-1, keepdim=True)
+        logits.scatter_(1, targets, exact)
+
+    def logit_slopes(self, tile: slice) -> Tensor:
+        """Return D = d logp / d (W h + b) of the tile that was scored last, (positions, vocab); spends its buffers."""
+        targets, head = self.targets[tile, None], self.head
+        slopes = self._softmax[: len(targets)].neg_()
+        slopes.scatter_add_(1, targets, torch.ones_like(targets, dtype=slopes.dtype))
+        if head.softcap is not None:
+            logits = self._logits[: len(targets)]
+            slopes *= logits.div_(head.softcap).square_().neg_().add_(1)
+        if head.scale != 1.0:
+            slopes *= head.scale
+        return slopes
+
+
+class _Gradients:
+    """Gradients of hidden states and head, added up over tiles of slopes; None where none is needed."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, grad_logps: Tensor, needed: tuple[bool, bool, bool]) -> None:
+        self._hidden, self._head, self._grad_logps = hidden, weight, grad_logps
+        needs_hidden, self._needs_weight, self._needs_bias = needed
+        self.hidden = torch.empty_like(hidden) if needs_hidden else None
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+
+    def add(self, tile: slice, slopes: Tensor) -> None:
+        """Take the slopes (positions, vocab) of a tile in, in the dtype of the hidden states."""
+        grad = self._grad_logps[tile, None]
+        if self.hidden is not None:
+            torch.mul(slopes @ self._head, grad.to(slopes.dtype), out=self.hidden[tile])
+        if self._needs_weight:
+            scaled = (self._hidden[tile] * grad).to(slopes.dtype)
+            if self._weight is None:
+                self._weight = product(slopes.t(), scaled)
+            elif self._weight.dtype == slopes.dtype:
+                self._weight.addmm_(slopes.t(), scaled)
+            else:
+                self._weight += product(slopes.t(), scaled)
+        if self._needs_bias:
+            of_tile = slopes.t().to(grad.dtype) @ self._grad_logps[tile]
+            self._bias = of_tile if self._bias is None else self._bias + of_tile
+
+    @property
+    def of_head(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of weight and bias."""
+        return self._weight, self._bias
+
+
+def _kept(hidden: Tensor, vocab: int, positions: int) -> Tensor:
+    """Return room for the slopes of as many positions as `KEPT_BYTES` allow, (kept, vocab), perhaps none."""
+    limit = KEPT_BYTES.get(hidden.device.type, 0) // (vocab * hidden.element_size())
+    return borrow((min(positions, limit), vocab), hidden.dtype, hidden.device)

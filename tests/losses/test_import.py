@@ -90,7 +90,17 @@ ORDER = [
         for room in ("curve", "convexity", "matching", "shape", "profile", "matched_beta", "verdicts")
     ),
 ]
-BESIDE = {"head", "logps", "distributions", "metrics", "readme", "module", "profiles"}  # none of ORDER needs these
+# None of ORDER needs these.
+BESIDE = {
+    "head",
+    "workspace",
+    "logps",
+    "distributions",
+    "metrics",
+    "readme",
+    "module",
+    "profiles",
+}
 
 
 def file_of(room):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefopt_losses import LossError
+from prefopt_losses import LossError, logps
 from prefopt_losses.logps import left_aligned, token_logps_from_hidden, token_logps_from_logits
 
 TOKENS, HIDDEN, VOCAB = 13, 8, 17
@@ -45,6 +45,147 @@ def test_values_and_gradients_are_those_of_the_dense_head(chunk_size, scale, sof
         torch.autograd.grad(found, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
     ):
         torch.testing.assert_close(mine, theirs)
+
+
+LEARNS = {
+    "all": (True, True, True),
+    "a frozen head": (True, False, False),
+    "a frozen weight under a trained bias": (True, False, True),
+    "a trained weight under a frozen bias": (True, True, False),
+    "the head alone": (False, True, True),
+    "nothing": (False, False, False),
+}
+"""Which of hidden states, weight and bias take a gradient."""
+
+KEPT = {"all": 2**28, "some": 5 * VOCAB, "none": 0}
+"""What of a trained head's slopes a forward pass may keep for its backward pass: numbers, times their bytes."""
+
+# L2 distance relative to the dense head in fp64 on the same, already rounded numbers. In bf16 a number is off by up
+# to 2^-9; slopes and results are rounded once each, products are accumulated in fp32: 0.0045 was the most.
+NEAR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 0.01}
+
+
+def distance(found, expected):
+    return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-9))
+
+
+HEADS = [
+    {"scale": scale, "softcap": softcap, "biased": biased, "chunk_size": chunk_size}
+    for scale in (1.0, 0.25)
+    for softcap in (None, 3.0)
+    for biased in (False, True)
+    for chunk_size in (4, 100)
+]
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("dtype", NEAR, ids=str)
+@pytest.mark.parametrize("learns", LEARNS)
+def test_every_way_to_the_log_probs_has_the_dense_values_and_gradients(monkeypatch, learns, dtype, kept):
+    monkeypatch.setitem(logps.KEPT_BYTES, "cpu", KEPT[kept] * dtype.itemsize)
+    for kind in HEADS:
+        compare_with_dense(LEARNS[learns], dtype, **kind)
+
+
+def compare_with_dense(learns, dtype, *, scale, softcap, biased, chunk_size):
+    *tensors, targets = head()
+    mine = [tensor.detach().to(dtype).requires_grad_(on) for tensor, on in zip(tensors, learns)]
+    exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in mine]
+    if not biased:
+        mine[2] = exact[2] = None
+    given = {"bias": mine[2], "scale": scale, "softcap": softcap, "chunk_size": chunk_size}
+    found = token_logps_from_hidden(*mine[:2], targets, **given)
+    expected = dense(*exact, targets, scale, softcap)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert distance(found.detach(), expected.detach()) < NEAR[dtype], given
+
+    there = [(one, other) for one, other in zip(mine, exact) if one is not None]
+    learning = [(one, other) for one, other in there if one.requires_grad]
+    assert found.requires_grad == bool(learning)
+    if learning:
+        upstream = torch.linspace(-1, 2, TOKENS, dtype=torch.float64)
+        found.backward(upstream.to(found.dtype))
+        expected.backward(upstream)
+    for one, other in there:
+        assert (one.grad is not None) == one.requires_grad
+        if one.requires_grad:
+            assert one.grad.dtype == dtype
+            assert distance(one.grad, other.grad) < NEAR[dtype], given
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_batches_in_flight_do_not_touch_each_other(monkeypatch, frozen, kept):
+    """Two forward passes before the backward passes, in either order; and one backward pass twice."""
+    monkeypatch.setitem(logps.KEPT_BYTES, "cpu", KEPT[kept] * 8)
+    hidden, weight, _, targets = head()
+    weight.requires_grad_(not frozen)
+    inputs = [hidden] if frozen else [hidden, weight]
+
+    def forward(number):
+        return token_logps_from_hidden(hidden * number, weight, targets, chunk_size=4).sum()
+
+    alone = [torch.autograd.grad(forward(number), inputs) for number in (1, 2)]
+    first, second = forward(1), forward(2)
+    for found, expected in [(second, alone[1]), (first, alone[0]), (second, alone[1])]:
+        torch.testing.assert_close(torch.autograd.grad(found, inputs, retain_graph=True), expected)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_no_position_is_an_empty_result_with_empty_gradients(frozen):
+    hidden, weight, bias, targets = head()
+    weight.requires_grad_(not frozen)
+    bias.requires_grad_(not frozen)
+    empty = hidden.detach()[:0].requires_grad_()
+    found = token_logps_from_hidden(empty, weight, targets[:0], bias=bias)
+    assert found.shape == (0,)
+    found.sum().backward()
+    assert empty.grad.shape == (0, HIDDEN)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("learns", [which for which in LEARNS if which != "nothing"])
+def test_gradcheck_of_whatever_learns(learns, biased, softcap):
+    tensors = [tensor.detach().requires_grad_(on) for tensor, on in zip(head()[:3], LEARNS[learns])]
+    targets = head()[3]
+
+    def logps_of(hidden, weight, bias):
+        bias = bias if biased else None
+        return token_logps_from_hidden(hidden, weight, targets, bias=bias, scale=0.7, softcap=softcap, chunk_size=4)
+
+    if learns == "a frozen weight under a trained bias" and not biased:
+        tensors[2].requires_grad_(False)
+    assert torch.autograd.gradcheck(logps_of, tensors)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("chunk_size", [4, 100], ids=["many tiles", "one tile"])
+def test_autocast_over_fp32_rounds_as_bf16_does_and_leaves_fp32_gradients(frozen, chunk_size):
+    hidden, weight, _, targets = head(torch.float32)
+    weight.requires_grad_(not frozen)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = token_logps_from_hidden(hidden, weight, targets, chunk_size=chunk_size)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    expected = dense(*exact, None, targets, 1.0, None)
+    assert distance(found.detach(), expected.detach()) < NEAR[torch.bfloat16]
+    upstream = torch.linspace(-1, 2, TOKENS)
+    found.backward(upstream)
+    expected.backward(upstream.double())
+    for one, other in zip((hidden,) if frozen else (hidden, weight), exact):
+        assert one.grad.dtype == torch.float32
+        assert distance(one.grad, other.grad) < NEAR[torch.bfloat16]
+
+
+def test_large_logits_lose_nothing_to_their_size():
+    """Logits of +-1e4 in fp32: the log-prob of a certain token is 0, of an impossible one the difference of logits."""
+    hidden = torch.tensor([[1e4], [1e4]]).requires_grad_()
+    weight = torch.tensor([[1.0], [-1.0], [0.0]]).requires_grad_()
+    found = token_logps_from_hidden(hidden, weight, torch.tensor([0, 1]))
+    assert found.tolist() == [0.0, -2e4]
+    found.sum().backward()
+    assert hidden.grad.tolist() == [[0.0], [-2.0]]
+    assert weight.grad.isfinite().all()
 
 
 def test_gradcheck():
