@@ -102,6 +102,16 @@ class RaggedBatch:
         }
         return replace(self, **moved)
 
+    def pinned(self) -> RaggedBatch:
+        """Return the batch in page-locked memory, from where it moves to an accelerator without anybody waiting."""
+        fixed = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **fixed)
+
+    @property
+    def longest_completion(self) -> int:
+        """Scored tokens of the longest completion, known without asking the device."""
+        return max((count + 1 for tree in self.trees for _, count in tree.branches), default=0)
+
 
 @dataclass(frozen=True)
 class Slice:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from prefopt.forward import ReferenceLogps, Scorer, autocast, evaluating
 from prefopt.memory import trim
 from prefopt.objective import Scored
 from prefopt.planning import Step, Unit, every_comparison, pack_slices
+from prefopt.prefetch import Ahead
 from prefopt_losses import Needs
 
 
@@ -53,9 +56,39 @@ class Feed:
 
     def batch(self, micro: Sequence[Slice], device: torch.device, *, both_sides: bool = False) -> RaggedBatch:
         """Lay a micro-batch out, on the device; `both_sides` computes rejected completions that the loss leaves out."""
+        return self._laid_out(micro, both_sides=both_sides).to(device)
+
+    def batches(
+        self,
+        micros: Iterable[Sequence[Slice]],
+        device: torch.device,
+        *,
+        both_sides: bool = False,
+        ahead: bool | None = None,
+    ) -> Generator[RaggedBatch, None, None]:
+        """Lay micro-batches out one after another, on the device.
+
+        On an accelerator the next one is laid out and pinned in a thread while this one is computed, and moves without
+        anybody waiting. On a CPU there is nothing to hide: laying one out is 1.5 ms of numpy beside seconds of
+        products, and a thread would take them from the very cores that multiply. `ahead` decides for itself.
+        """
+        if not (device.type != "cpu" if ahead is None else ahead):
+            for micro in micros:
+                yield self.batch(micro, device, both_sides=both_sides)
+            return
+
+        def make(micro: Sequence[Slice]) -> RaggedBatch:
+            laid_out = self._laid_out(micro, both_sides=both_sides)
+            return laid_out.pinned() if device.type == "cuda" else laid_out
+
+        with closing(iter(Ahead(make, micros))) as ready:
+            for batch in ready:
+                yield batch.to(device)
+
+    def _laid_out(self, micro: Sequence[Slice], *, both_sides: bool) -> RaggedBatch:
         groups = [self.dataset[part.group] for part in micro]
         rejected = both_sides or self.rejected
-        return make_batch(groups, micro, rejected=rejected, gold=self.needs.gold, lists=self.needs.lists).to(device)
+        return make_batch(groups, micro, rejected=rejected, gold=self.needs.gold, lists=self.needs.lists)
 
     def scored(self, module: nn.Module, micro: Sequence[Slice], batch: RaggedBatch) -> Scored:
         """Compute what the loss reads of a micro-batch; gradient flows as the caller has it."""
@@ -74,8 +107,9 @@ class Feed:
         everything = every_comparison(self.dataset)
         plan = pack_slices(self.dataset, everything, token_budget=token_budget, gold=self.needs.gold, unit=self.unit)
         with evaluating(scorer):
-            for micro in plan.micro_batches:
-                yield self.scored(scorer, micro, self.batch(micro, device, both_sides=True)), plan
+            batches = self.batches(plan.micro_batches, device, both_sides=True)
+            for micro, batch in zip(plan.micro_batches, batches):
+                yield self.scored(scorer, micro, batch), plan
                 trim(device)
 
     @torch.no_grad()
@@ -86,6 +120,7 @@ class Feed:
         batch = make_batch([self.partners.dataset[part.group] for part in micro], slices).to(device)
         with autocast(device, self.precision):
             policy = module(batch).sums
-        times = torch.tensor([len(part.comparisons) for part in micro], device=device)
+        times = np.repeat(np.arange(len(micro)), [len(part.comparisons) for part in micro])
+        place = torch.from_numpy(times).to(device, non_blocking=True)
         reference = self.partners.reference(batch).sums
-        return policy.repeat_interleave(times), reference.repeat_interleave(times)
+        return policy[place], reference[place]

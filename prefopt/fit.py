@@ -176,6 +176,21 @@ def _uncoupled_recipe(loss: Loss, recipe: Recipe) -> Iterator[Problem]:
             yield Problem(key, expected, str(given).lower(), f"{key}={'false' if given is True else 0}")
 
 
+def refuse_router_loss(policy: ModelSource) -> None:
+    """Read the policy's config: a loss that it asks for beside ours would not be added.
+
+    transformers adds it in the forward pass with labels, which no preference loss runs; and where a prompt is
+    computed once for all its completions, a mean over the tokens of a row is another one.
+
+    Raises:
+        ModelError: it asks for the auxiliary loss of its routers.
+    """
+    if getattr(load_config(policy).get_text_config(), "output_router_logits", False):
+        expected = "output_router_logits: false in its config: the auxiliary loss of the routers is not added"
+        fix = f'set "output_router_logits": false in the config.json of {policy.path}, or of a copy of it'
+        raise ModelError(Problem(policy.key, expected, "true", fix))
+
+
 def refuse_unreadable_rows(
     sources: Sequence[ModelSource], recipe: Recipe, data: LoadedData, partners: Iterable[GroupDataset] = ()
 ) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 
 import torch
@@ -71,7 +71,7 @@ def _two_passes(run: Run, plan: Step, facts: StepFacts, sums: MetricSums) -> Non
     records = [_carrying(run, record) for record in records]
     mine = range(begin, begin + len(own))
     try:
-        losses, slopes, whole = step_gradients(loss, records, plan.units, own=mine, check=_looks(run))
+        losses, slopes, whole = step_gradients(loss, records, plan.units, own=mine, check=looks_at_once(run))
     except LossError as error:
         raise not_finite(run, str(error)) from error
     lean = run.feed.policy_only()
@@ -93,11 +93,12 @@ def _own_micro_batches(run: Run, plan: Step) -> Iterator[tuple[Sequence[Slice], 
     """
     world = run.accelerator.num_processes
     rounds = math.ceil(len(plan.micro_batches) / world)
-    for number in range(rounds):
-        place = number * world + run.accelerator.process_index
-        spare = place >= len(plan.micro_batches)
-        micro = plan.micro_batches[0 if spare else place]
-        yield micro, run.feed.batch(micro, run.accelerator.device), spare, number == rounds - 1
+    places = [number * world + run.accelerator.process_index for number in range(rounds)]
+    spares = [place >= len(plan.micro_batches) for place in places]
+    micros = [plan.micro_batches[0 if spare else place] for place, spare in zip(places, spares)]
+    with closing(run.feed.batches(micros, run.accelerator.device)) as batches:
+        for number, batch in enumerate(batches):
+            yield micros[number], batch, spares[number], number == rounds - 1
 
 
 def _move_on(run: Run, record: Record) -> None:
@@ -115,13 +116,13 @@ def _carrying(run: Run, record: Record) -> Record:
 
 def _losses(run: Run, record: Record, rows: tuple[int, ...]) -> torch.Tensor:
     try:
-        return loss_values(run.prepared.loss, record, check=_looks(run))
+        return loss_values(run.prepared.loss, record, check=looks_at_once(run))
     except LossError as error:
         named = ", ".join(map(str, rows))
         raise not_finite(run, f"{error} (rows of the data in this micro-batch: {named})") from error
 
 
-def _looks(run: Run) -> bool:
+def looks_at_once(run: Run) -> bool:
     """Whether to look for NaN at once: elsewhere than on a CPU that would wait for the device."""
     return run.accelerator.device.type == "cpu"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -50,11 +51,12 @@ class LayoutChoice:
 def choose_layout(
     scorer: Scorer, group: PromptGroup, *, wanted: str = "auto", dtype: torch.dtype = torch.float32
 ) -> LayoutChoice:
-    """Compare the layouts with the model's plain logits on one group and set the scorer's layout.
+    """Compare the layouts with the model's plain logits on a row of two groups and set the scorer's layout.
 
     Args:
         scorer: the model; its layout is set.
-        group: a group with at least one completion; the more completions, the sharper the comparison.
+        group: a group with at least one completion; the more completions, the sharper the comparison. The other one
+            is made of it.
         wanted: ``auto`` falls back to unshared when shared disagrees; ``shared`` refuses instead.
         dtype: compute dtype, which sets the tolerance.
 
@@ -65,13 +67,14 @@ def choose_layout(
     device = next(model.parameters()).device
     was_training = scorer.training
     scorer.eval()
-    expected = plain_logps(model, group)
+    groups = [group, _other_way_round(group)]
+    expected = torch.cat([plain_logps(model, one) for one in groups])
     if not bool(expected.isfinite().all()):
         raise ModelError(
             Problem("model", "finite log-probs", f"the untouched model gives {expected.tolist()}",
                     "its weights hold NaN or infinities, or its dtype overflows: load it in another model.dtype")
         )  # fmt: skip
-    batch = make_batch([group]).to(device)
+    batch = make_batch(groups).to(device)
     tokens = max(len(completion) for completion in group.completions)
     limit = TOLERANCE[dtype] * tokens**0.5
     reason = "as model.attention or dropout asks"
@@ -99,6 +102,12 @@ def choose_layout(
         return LayoutChoice("unshared", difference, reason)
     finally:
         scorer.train(was_training)
+
+
+def _other_way_round(group: PromptGroup) -> PromptGroup:
+    """Return the group with every sequence reversed: as a second tree of the row it shows whether one sees another."""
+    completions = tuple(np.ascontiguousarray(completion[::-1]) for completion in group.completions)
+    return PromptGroup(np.ascontiguousarray(group.prompt[::-1]), completions, ())
 
 
 def _shared_difference(scorer: Scorer, batch: RaggedBatch, expected: Tensor) -> tuple[float, str]:

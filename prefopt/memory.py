@@ -1,12 +1,14 @@
-"""Give freed memory back to the system."""
+"""Memory of the device: how much is free, and how what was freed goes back to the system."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 
@@ -36,3 +38,17 @@ def free_models() -> None:
         gc.collect()
         torch.cuda.empty_cache()
     trim(torch.device("cpu"))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device; on a CPU within the limit of its container."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, and unused
+        return int(torch.cuda.mem_get_info(device)[0]) + held
+    limits = [Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current")]
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = (int(file.read_text()) for file in limits)
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return free
+    return max(0, min(free, limit - used))

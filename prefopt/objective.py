@@ -146,7 +146,7 @@ def _token_rows(batch: RaggedBatch, tokens: Tensor | None, index: Tensor) -> Ten
     lengths = batch.completion_lengths
     starts = lengths.cumsum(0) - lengths
     columns = torch.arange(len(tokens), device=tokens.device) - starts[batch.completion_index]
-    rows = tokens.new_zeros(len(lengths), int(lengths.max()))
+    rows = tokens.new_zeros(len(lengths), batch.longest_completion)
     return rows.index_put((batch.completion_index, columns), tokens)[index]
 
 
@@ -172,17 +172,20 @@ class MetricSums:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in METRICS}
-        self._counts = dict.fromkeys(METRICS, 0)
+        self._counts: dict[str, int | Tensor] = dict.fromkeys(METRICS, 0)
 
-    def add(self, name: str, values: Tensor) -> None:
-        """Add one value per example; an empty tensor adds nothing."""
-        self._sums[name] = self._sums[name] + values.detach().double().sum()
-        self._counts[name] += values.numel()
+    def add(self, name: str, values: Tensor, of: Tensor | None = None) -> None:
+        """Add one value per example, or those `of` them that a mask names; an empty tensor adds nothing."""
+        values = values.detach().double()
+        if of is not None:  # no index by a mask: that would ask the device how many there are
+            values = values.masked_fill(~of, 0.0)
+        self._sums[name] = self._sums[name] + values.sum()
+        self._counts[name] = self._counts[name] + (values.numel() if of is None else of.sum())
 
     def means(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Return the mean of each metric over all its examples; ``reduce`` sums a tensor over processes."""
         sums = torch.stack([self._sums[name] for name in METRICS])
-        counts = torch.tensor([self._counts[name] for name in METRICS], dtype=sums.dtype, device=sums.device)
+        counts = torch.stack([torch.as_tensor(self._counts[name]).to(sums) for name in METRICS])
         both = torch.stack((sums, counts))
         if reduce is not None:
             both = reduce(both)
@@ -206,20 +209,19 @@ def add_comparison_metrics(sums: MetricSums, loss: Loss, scored: Scored, record:
 def add_record_metrics(sums: MetricSums, loss: Loss, record: Record, losses: Tensor) -> None:
     """Add ``loss`` and the metrics of the record's examples."""
     sums.add("loss", losses)
-    sides = [record] if isinstance(record, LogProbs) else []
+    sides: list[tuple[LogProbs, Tensor | None]] = [(record, None)] if isinstance(record, LogProbs) else []
     if isinstance(record, UnpairedLogProbs):
-        sides = [_labelled_side(record, "chosen"), _labelled_side(record, "rejected")]
-    for side in sides:
+        sides = [(_side(record, "chosen"), record.desirable), (_side(record, "rejected"), ~record.desirable)]
+    for side, of in sides:
         for name, values in loss_metrics(loss, side).items():
-            sums.add(name, values)
+            sums.add(name, values, of)
 
 
-def _labelled_side(record: UnpairedLogProbs, side: str) -> LogProbs:
-    """The desirable completions as a record of chosen ones, or the undesirable as one of rejected ones."""
-    wanted = record.desirable if side == "chosen" else ~record.desirable
+def _side(record: UnpairedLogProbs, side: str) -> LogProbs:
+    """All completions as a record of chosen or of rejected ones: only those so labelled count."""
     tensors = {
-        f"{side}_logps": record.logps[wanted],
-        f"{side}_lengths": None if record.lengths is None else record.lengths[wanted],
-        f"ref_{side}_logps": None if record.ref_logps is None else record.ref_logps[wanted],
+        f"{side}_logps": record.logps,
+        f"{side}_lengths": record.lengths,
+        f"ref_{side}_logps": record.ref_logps,
     }
     return LogProbs(**tensors, state=record.state)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from prefopt.acceleration import compile_layers
 from prefopt.adapters import MOVING, add_lora, keep_frozen, load_adapter
 from prefopt.data.groups import PromptGroup
 from prefopt.forward import Scorer
@@ -15,9 +16,6 @@ from prefopt.layout import LayoutChoice, settle_layout
 from prefopt.models import load_model, switch_off_dropout
 from prefopt.prepare import adapter_source, policy_source
 from prefopt.recipe import Recipe
-
-ACTIVATION_BYTES = 34
-"""Bytes per token, layer and hidden unit that a decoder layer keeps for its backward pass, in 16 bit."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +28,28 @@ class Policy:
     """Parameters that move."""
     total: int
     """Parameters in all."""
-    checkpointing: bool
-    """Whether activations are recomputed in the backward pass."""
+
+    def settle(self, *, recomputed: bool, compiled: bool) -> None:
+        """Do as planned: run layers again in the backward pass instead of keeping what they computed; compile them.
+
+        Raises:
+            RecipeError: this machine cannot compile.
+        """
+        if recomputed:
+            self._recompute_activations()
+        if compiled:
+            compile_layers(self.scorer.language_model, recomputed=recomputed)
+
+    def _recompute_activations(self) -> None:
+        model = self.scorer.language_model
+        if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.20
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
 
 
-def load_policy(recipe: Recipe, probe: PromptGroup, *, token_budget: int) -> Policy:
+def load_policy(recipe: Recipe, probe: PromptGroup) -> Policy:
     """Load the policy as the recipe says: full or with an adapter, dropout off, layout compared.
 
     Raises:
@@ -44,13 +59,12 @@ def load_policy(recipe: Recipe, probe: PromptGroup, *, token_budget: int) -> Pol
     if not recipe.train.dropout:
         switch_off_dropout(base)
     model = _adapted(base, recipe)
-    scorer = Scorer(model)
+    scorer = Scorer(model).train()
+    if recipe.model.kernels:  # in training mode, for kernels without a backward pass are not taken then
+        base.set_use_kernels(True)
     layout = settle_layout(scorer, recipe, probe)
-    checkpointing = _wants_checkpointing(recipe, base, token_budget)
-    if checkpointing:
-        _recompute_activations(base)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Policy(scorer.train(), layout, trainable, sum(p.numel() for p in model.parameters()), checkpointing)
+    return Policy(scorer, layout, trainable, sum(p.numel() for p in model.parameters()))
 
 
 def _adapted(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
@@ -70,26 +84,3 @@ def _adapted(base: PreTrainedModel, recipe: Recipe) -> nn.Module:
     if recipe.reference.sync is not None:  # before a checkpoint replaces it: the moving reference starts where we do
         keep_frozen(model, MOVING)
     return model
-
-
-def _recompute_activations(model: PreTrainedModel) -> None:
-    """Switch gradient checkpointing on, under the name that this version of transformers gives it."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-
-
-def _wants_checkpointing(recipe: Recipe, model: PreTrainedModel, token_budget: int) -> bool:
-    """Follow the recipe; `auto` recomputes only where the budget's activations would not fit the accelerator."""
-    if recipe.train.gradient_checkpointing != "auto":
-        return bool(recipe.train.gradient_checkpointing)
-    if not torch.cuda.is_available():
-        return False
-    config = model.config.get_text_config()
-    activations = ACTIVATION_BYTES * config.hidden_size * config.num_hidden_layers * token_budget
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    optimizer = 0 if recipe.adapter is not None else 12 * parameters
-    free, _ = torch.cuda.mem_get_info()
-    return activations + optimizer > 0.8 * free

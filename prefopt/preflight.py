@@ -7,13 +7,14 @@ from rich.console import Console
 from prefopt.evaluate import load_gold_reward
 from prefopt.invariant import check_step_zero, step_zero
 from prefopt.layout import probe_group
+from prefopt.memory import free_memory
 from prefopt.models import default_device
 from prefopt.policy import load_policy
-from prefopt.prepare import prepare, reference_source, resolve_token_budget
+from prefopt.prepare import prepare, reference_source
 from prefopt.recipe import Recipe
 from prefopt.reference.opening import reference_in_memory
 from prefopt.reference.source import OnlineLogps
-from prefopt.run import make_planner, refuse_misfits
+from prefopt.run import make_planner, plan_run, refuse_misfits
 from prefopt.run_folder import conventions
 from prefopt.screen import Screen
 
@@ -34,11 +35,13 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     for name, text in conventions(prepared.loss).items():
         screen.named(name, text)
     screen.data(prepared)
-    budget = resolve_token_budget(recipe.train.token_budget, default_device())
     dataset = prepared.data.train
     load_gold_reward(recipe.eval.gold_reward)
     refuse_misfits(recipe, prepared)
-    planner = make_planner(prepared, token_budget=budget)
+    policy, device = load_policy(recipe, probe_group(dataset)), default_device()
+    plan = plan_run(prepared, policy, device, free=free_memory(device))
+    policy.settle(recomputed=plan.gradient_checkpointing, compiled=recipe.train.compile)
+    planner = make_planner(prepared, token_budget=plan.token_budget)
     total = planner.total_steps(epochs=recipe.train.epochs, max_steps=recipe.train.max_steps)
     first = planner.step(0)
     lists = f"{first.units} lists of " if prepared.loss.needs.lists else ""
@@ -48,8 +51,9 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
         f"{len(first.micro_batches)}",
     )
     few = dataset.select(range(min(CHECKED_GROUPS, len(dataset))))
-    policy = load_policy(recipe, probe_group(dataset), token_budget=budget)
-    screen.plan(policy, {"token_budget": budget, "device": str(default_device())}, total, 0, recipe.train.precision)
+    resolved = {"token_budget": plan.token_budget, "gradient_checkpointing": plan.gradient_checkpointing,
+                "memory": plan.reason, "fits": plan.fits, "device": str(device)}  # fmt: skip
+    screen.plan(policy, resolved, total, 0, recipe.train.precision)
     with reference_in_memory(reference_source(recipe), recipe, probe_group(dataset)) as reference:
         online = OnlineLogps(reference, precision=recipe.train.precision)
         zero = step_zero(policy.scorer, few, online, precision=recipe.train.precision)

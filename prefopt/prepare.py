@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
+from prefopt.acceleration import refuse_what_cannot_run
 from prefopt.adapter_fit import refuse_another_base
 from prefopt.adapters import AdapterSource
 from prefopt.data.groups import GroupDataset
 from prefopt.data.load import LoadedData, load_data
 from prefopt.data.mismatched import mismatched
 from prefopt.errors import Problem, RecipeError
-from prefopt.fit import refuse_another_vocabulary, refuse_unreadable_rows, refuse_unusable_data
+from prefopt.fit import refuse_another_vocabulary, refuse_router_loss, refuse_unreadable_rows, refuse_unusable_data
 from prefopt.forward import compute_dtype
-from prefopt.models import DTYPES, ModelSource, load_config, load_tokenizer
+from prefopt.models import DTYPES, ModelSource, default_device, load_config, load_tokenizer
 from prefopt.quantization import skipped_layers
 from prefopt.recipe import Recipe
 from prefopt.recipe.quantization import Quantization, quantization_details
@@ -25,7 +26,7 @@ from prefopt_losses import Loss
 SANDBOX = "sandbox"
 
 AUTO_TOKEN_BUDGET = {"cpu": 8192, "cuda": 16384}
-"""Computed tokens per micro-batch where the recipe says `auto`."""
+"""Computed tokens per batch of a pass without gradient where the recipe says `auto`; `memory_plan` finds training's."""
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,12 @@ def refuse_unfit_parts(recipe: Recipe, loss: Loss) -> None:
     """Say before a model loads what of quantization, adapter and moving reference cannot be.
 
     Raises:
-        ModelError: names in `skip` that no module has; an adapter of another base.
-        RecipeError: a moving reference that the loss does not read.
+        ModelError: names in `skip` that no module has; an adapter of another base; a router loss.
+        RecipeError: a moving reference that the loss does not read; a wish for speed that this machine cannot meet.
     """
+    refuse_what_cannot_run(recipe, default_device())
     policy, reference = policy_source(recipe), reference_source(recipe)
+    refuse_router_loss(policy)
     for where, source in (("model.quantization.skip", policy), ("reference.quantization.skip", reference)):
         details = quantization_details(source.quantization)
         if details.type != "none":
@@ -195,5 +198,5 @@ def _held_in(recipe: Recipe) -> torch.dtype:
 
 
 def resolve_token_budget(budget: int | str, device: torch.device) -> int:
-    """Return the computed tokens per micro-batch that `auto` stands for on a device."""
+    """Return the computed tokens per batch that `auto` stands for on a device, in passes without gradient."""
     return AUTO_TOKEN_BUDGET.get(device.type, 8192) if budget == "auto" else int(budget)

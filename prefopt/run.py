@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 
 from prefopt.checkpoint import TrainState, latest_state, load_checkpoint
 from prefopt.errors import Problem, RecipeError
@@ -19,10 +24,12 @@ from prefopt.evaluate import Evaluator, make_evaluator
 from prefopt.feed import Feed
 from prefopt.forward import Scorer
 from prefopt.layout import probe_group
+from prefopt.memory import free_memory
+from prefopt.memory_plan import MemoryPlan, demand_of, plan_memory, rows_of, weights_bytes
 from prefopt.optimizers import make_optimizer
 from prefopt.planning import StepPlanner
 from prefopt.policy import Policy, load_policy
-from prefopt.prepare import Prepared, resolve_token_budget
+from prefopt.prepare import Prepared, reference_source
 from prefopt.recipe import Recipe
 from prefopt.reference.running import RunReference
 from prefopt.run_folder import RunFolder, claim_folder, environment, write_json
@@ -74,6 +81,7 @@ class Run:
     evaluation: dict[str, Any] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     reference_samples: list[Sample] = field(default_factory=list)
+    _carried: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def scorer(self) -> Scorer:
@@ -89,12 +97,19 @@ class Run:
 
     @property
     def loss_state(self) -> dict[str, torch.Tensor]:
-        """Numbers that the loss carries from step to step."""
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in self.state.loss_state.items()}
+        """Numbers that the loss carries from step to step; on the device, for to read them would be to wait for it."""
+        if not self._carried:
+            start = self.state.loss_state
+            self._carried = {name: torch.tensor(value, dtype=torch.float64) for name, value in start.items()}
+        return self._carried
 
     @loss_state.setter
     def loss_state(self, state: dict[str, torch.Tensor]) -> None:
-        self.advance(loss_state={name: float(value) for name, value in state.items()})
+        self._carried = {name: value.double() for name, value in state.items()}
+
+    def settle(self) -> None:
+        """Read what the loss carries off the device into the state, which a checkpoint stores."""
+        self.advance(loss_state={name: float(value) for name, value in self.loss_state.items()})
 
     def advance(self, **changes: Any) -> None:
         """Move the state on."""
@@ -148,11 +163,12 @@ def set_up(
         RecipeError, ModelError: the parts do not fit together.
     """
     newest = latest_state(folder.path)
-    resolved = newest[2] if newest else _resolve(prepared.recipe, accelerator.device)
+    policy = load_policy(prepared.recipe, probe_group(prepared.data.train))
+    resolved = newest[2] if newest else _resolve(prepared, policy, accelerator)
+    policy.settle(recomputed=resolved["gradient_checkpointing"], compiled=recipe.train.compile)
     budget = resolved["token_budget"]
     planner = make_planner(prepared, token_budget=budget)
     total = planner.total_steps(epochs=recipe.train.epochs, max_steps=recipe.train.max_steps)
-    policy = load_policy(prepared.recipe, probe_group(prepared.data.train), token_budget=budget)
     if prepared.learns_values:
         policy.scorer.learn_values()
     optimizer = make_optimizer(policy.scorer, recipe.train)
@@ -164,7 +180,7 @@ def set_up(
     reference.use_policy(policy.scorer)
     evaluator = make_evaluator(prepared, reference, token_budget=budget)
     module, optimizer = accelerator.prepare(policy.scorer, optimizer)
-    resolved |= {"gradient_checkpointing": policy.checkpointing, "layout": policy.layout.layout}
+    resolved |= {"layout": policy.layout.layout}
     tracker = None
     if accelerator.is_main_process:
         tracker = Tracker(folder.path, recipe, resumed_at=state.step if newest else -1, resolved=resolved)
@@ -192,9 +208,44 @@ def make_planner(prepared: Prepared, *, token_budget: int) -> StepPlanner:
     )
 
 
-def _resolve(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+def plan_run(prepared: Prepared, policy: Policy, device: torch.device, *, free: int, processes: int = 1) -> MemoryPlan:
+    """Decide what `auto` means for a loaded policy: tokens per micro-batch, and whether activations are recomputed."""
+    recipe = prepared.recipe
+    planner = make_planner(prepared, token_budget=2**62)
+    rows = rows_of(planner, planner.total_steps(epochs=recipe.train.epochs, max_steps=recipe.train.max_steps))
+    demand = demand_of(
+        recipe,
+        policy.scorer,
+        policy.scorer.language_model,
+        rows,
+        device=device.type,
+        shared=policy.layout.layout == "shared",
+        processes=processes,
+        second_model=_references_beside(prepared) * weights_bytes(reference_source(recipe)),
+    )
+    return plan_memory(recipe, demand, rows, free=free, device=device.type, processes=processes)
+
+
+def _references_beside(prepared: Prepared) -> int:
+    """Number of models that stay in memory beside the policy: references that are not its base."""
+    recipe = prepared.recipe
+    same = recipe.reference.quantization == recipe.model.quantization
+    on_base = recipe.adapter is not None and recipe.reference.model is None and same
+    return (not prepared.cached and not on_base) + (recipe.reference.sync is not None and recipe.adapter is None)
+
+
+def _resolve(prepared: Prepared, policy: Policy, accelerator: Accelerator) -> dict[str, Any]:
+    """Return what `auto` comes to: the same in every process, whose memory may differ."""
+    device, processes = accelerator.device, accelerator.num_processes
+    free = free_memory(device) // (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1)
+    if processes > 1:
+        free = min(gather_object([free]))
+    plan = plan_run(prepared, policy, device, free=free, processes=processes)
     return {
-        "token_budget": resolve_token_budget(recipe.train.token_budget, device),
+        "token_budget": plan.token_budget,
+        "gradient_checkpointing": plan.gradient_checkpointing,
+        "memory": plan.reason,
+        "fits": plan.fits,
         "device": str(device),
         "threads": torch.get_num_threads(),
     }

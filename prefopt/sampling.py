@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from prefopt.acceleration import eager
 from prefopt.attention import attention
 from prefopt.data.groups import GroupDataset, PromptGroup
 from prefopt.forward import Scorer, autocast, plain_attention
@@ -87,6 +88,7 @@ def sample(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         with (
+            eager(scorer.language_model),
             attention(scorer.language_model, plain_attention(scorer.language_model)),
             autocast(device, precision),
         ):

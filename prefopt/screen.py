@@ -102,13 +102,20 @@ class Screen:
             f"{policy.trainable / 1e6:,.2f} M{share} parameters train; layout {policy.layout.layout} "
             f"({policy.layout.reason}, {policy.layout.max_difference:.1g} nats apart)",
         )
-        checkpointing = ", activations recomputed" if policy.checkpointing else ""
+        checkpointing = ", activations recomputed" if resolved.get("gradient_checkpointing") else ""
         steps = f"resuming after step {start} of {total}" if start else f"{total} steps"
         self.named(
             "plan",
             f"{steps}, {resolved['token_budget']:,} computed tokens per micro-batch on {resolved['device']}"
             f"{checkpointing}",
         )
+        self.named("memory", resolved["memory"])
+        if not resolved["fits"]:
+            self.line(
+                "by this arithmetic the run needs more memory than is free: lower data.max_length, train an adapter, "
+                "or quantize (model.quantization); it goes on, for the figures are estimates",
+                style="yellow",
+            )
         if precision == "bf16-pure":
             self.line(
                 "bf16-pure: weights are held in 16 bit, and an update below 1/256 of a weight is lost; at learning "

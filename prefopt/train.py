@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from prefopt.acceleration import gave_up
 from prefopt.checkpoint import checkpoint_steps, save_checkpoint
 from prefopt.errors import Interrupted
 from prefopt.evaluate import measure, reference_samples
-from prefopt.gradients import accumulate_gradients, not_finite
+from prefopt.gradients import accumulate_gradients, looks_at_once, not_finite
 from prefopt.invariant import check_step_zero, step_zero
 from prefopt.memory import trim
 from prefopt.objective import MetricSums
@@ -83,6 +84,8 @@ def _run(run: Run, folder: RunFolder) -> dict[str, Any]:
     finally:
         if run.tracker is not None:
             run.tracker.close()
+    if run.recipe.train.compile and (said := gave_up()):
+        run.screen.line(said, style="yellow")
     run.reference.release()
     return finish_run(run, step_zero=zero, peak_memory=peak_memory())
 
@@ -165,7 +168,7 @@ def _optimizer_step(run: Run, plan: Step, rate: float, sums: MetricSums) -> torc
     limit = recipe.train.max_grad_norm
     norm = torch.as_tensor(accelerator.clip_grad_norm_(_clipped(run), math.inf if limit is None else limit))
     run.finite &= torch.isfinite(norm)
-    if accelerator.device.type == "cpu":  # elsewhere it would wait for the device: metrics and saves look there
+    if looks_at_once(run):  # elsewhere metrics and saves look
         _require_finite(run)
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group.get("faster", 1.0)
@@ -236,6 +239,7 @@ def _flat_numbers(measures: dict[str, Any], prefix: str = "eval/") -> dict[str, 
 def _save(run: Run) -> None:
     """Write a checkpoint of weights that are known to be finite."""
     _require_finite(run)
+    run.settle()
     if run.accelerator.is_main_process:
         keep, moving = run.recipe.checkpoint.keep, run.reference.moving
         if moving is not None:  # before the checkpoint that needs it

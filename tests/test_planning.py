@@ -7,9 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import group
 
-from prefopt.batching import make_batch
+from prefopt.batching import Slice, make_batch
 from prefopt.data.groups import Comparison, PromptGroup, lists_of
-from prefopt.planning import StepPlanner, computed_tokens, every_comparison, pack_slices
+from prefopt.planning import (
+    StepPlanner,
+    _balanced,
+    _first_fit,
+    computed_tokens,
+    every_comparison,
+    longest_unit,
+    pack_slices,
+)
 
 
 class Groups:
@@ -80,6 +88,58 @@ def test_micro_batches_stay_within_the_budget_unless_one_comparison_exceeds_it()
         tokens = make_batch([groups[part.group] for part in micro], micro).tokens
         alone = len(micro) == 1 and len(micro[0].comparisons) == 1
         assert tokens <= 25 or alone
+
+
+def test_a_completion_that_several_comparisons_share_is_counted_and_computed_once():
+    """Four completions in all six pairs: one prompt and four completions, not six prompts and twelve."""
+    pairs = tuple(Comparison(i, j, None, 4 * i + j) for i in range(4) for j in range(i + 1, 4))
+    groups = Groups([group(7, [4, 9, 2, 6], comparisons=pairs)])
+    step = pack_slices(groups, every_comparison(groups), token_budget=1000)
+    ((part,),) = step.micro_batches
+    batch = make_batch([groups[0]], [part])
+    assert step.comparisons == batch.comparisons == 6
+    assert step.computed_tokens == batch.tokens == 7 + 3 + 8 + 1 + 5
+    assert batch.completion_lengths.tolist() == [4, 9, 2, 6]
+    assert batch.longest_completion == 9
+
+
+def test_micro_batches_of_a_step_are_of_even_size():
+    generator = np.random.default_rng(2)
+    groups = Groups([group(9, list(generator.integers(4, 12, 2)), seed=i) for i in range(40)])
+    sizes = [
+        sum(make_batch([groups[part.group]], [part]).tokens for part in micro)
+        for micro in pack_slices(groups, every_comparison(groups), token_budget=600).micro_batches
+    ]
+    assert sum(sizes) > 600
+    assert max(sizes) - min(sizes) <= 31  # one group
+
+
+@given(seed=st.integers(0, 50), budget=st.integers(8, 300))
+@settings(max_examples=60, deadline=None)
+def test_even_sizes_cost_no_micro_batch_and_break_no_budget(seed, budget):
+    generator = np.random.default_rng(seed)
+    sizes = sorted((int(size) for size in generator.integers(1, 120, 30)), reverse=True)
+    sized = [(size, Slice(number, (0,))) for number, size in enumerate(sizes)]
+    first = _first_fit(sized, budget)
+    even = _balanced(sized, len(first), budget)
+    if even is not None:
+        assert len(even) == len(first)
+        assert sorted(part.group for one in even for part in one) == list(range(30))
+        assert all(len(one) == 1 or sum(sizes[part.group] for part in one) <= budget for one in even)
+
+
+def test_the_longest_comparison_is_found_without_looking_at_all_groups():
+    groups, lists = some_groups(30), some_lists()
+    alone = [
+        make_batch([groups[g]], [Slice(g, (c,))]).tokens for g in range(30) for c in range(len(groups[g].comparisons))
+    ]
+    assert longest_unit(groups) == max(alone)
+    whole = [
+        make_batch([lists[g]], [Slice(g, indices)]).tokens
+        for g in range(len(lists))
+        for indices in lists_of(lists[g].comparisons)
+    ]
+    assert longest_unit(lists, unit="list") == max(whole)
 
 
 def test_planned_tokens_are_the_tokens_of_the_batch():

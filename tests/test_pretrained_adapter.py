@@ -169,7 +169,7 @@ def test_a_quantized_base_carries_the_adapter(tmp_path, adapter):
 
 def test_the_adapters_dropout_is_that_of_the_recipe(tmp_path, adapter):
     probe = prepare(make_recipe(tmp_path, **from_adapter(adapter)), quiet=True).data.train[0]
-    policy = load_policy(make_recipe(tmp_path, **from_adapter(adapter)), probe, token_budget=1000)
+    policy = load_policy(make_recipe(tmp_path, **from_adapter(adapter)), probe)
     assert {module.p for module in policy.scorer.modules() if isinstance(module, torch.nn.Dropout)} <= {0.0}
 
 

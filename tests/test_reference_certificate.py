@@ -265,7 +265,7 @@ def test_what_is_exact_by_definition_is_not_certified(tmp_path):
 def test_a_model_that_does_not_fit_costs_the_certificate_and_not_the_run(tmp_path, monkeypatch):
     recipe = make_recipe(tmp_path, reference={"quantization": "int8", "cache": str(tmp_path / "cache")})
     assert why_not_held(full_precision(reference_source(recipe))) is None
-    monkeypatch.setattr(full_precision_room, "_free_bytes", lambda device: 1000)
+    monkeypatch.setattr(full_precision_room, "free_memory", lambda device: 1000)
     console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
     _, found = opened(recipe, forbid=True, console=console)
     assert found is None

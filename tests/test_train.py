@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from world import make_pairs, make_recipe, quiet, train
+from world import make_model, make_pairs, make_recipe, quiet, train
 
 import prefopt.train as loop
 from prefopt.errors import DataError, Interrupted, ModelError, RecipeError
@@ -231,9 +231,24 @@ def test_gradient_checkpointing_and_bf16_run(tmp_path):
     assert result["train"]["gradient_checkpointing"] is True
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_8bit"])
-def test_bitsandbytes_optimizers_train(tmp_path, optimizer):
-    assert train(tmp_path, train={"optimizer": {"name": optimizer}})["status"] == "finished"
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
+def test_bitsandbytes_optimizers_keep_8_bit_moments_learn_and_resume(tmp_path, monkeypatch, optimizer):
+    """Tensors below 4,096 numbers keep their moments in 32 bit, so that the matrices here are larger."""
+    make_model(tmp_path / "base", hidden_size=64, intermediate_size=128, head_dim=16)
+    settings = {"optimizer": optimizer, "max_steps": 8}
+    whole = train(tmp_path, train=settings, output=str(tmp_path / "whole"))
+    assert whole["eval"]["chosen_drift_per_token"] > whole["eval"]["rejected_drift_per_token"]
+    moments = torch.load(tmp_path / "whole" / "checkpoints" / "step-00000008" / "optimizer.pt", weights_only=True)
+    (packed,) = {name for state in moments["state"].values() for name in state if "quant_state" in name}
+    assert torch.uint8 in {state[packed]["state1"].dtype for state in moments["state"].values()}
+    stop_after(monkeypatch, 5, crash)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, train=settings)
+    monkeypatch.undo()
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
+    train(tmp_path, train=settings)
+    assert_same_weights(weights(tmp_path), load_file(tmp_path / "whole" / "model" / "model.safetensors"))
 
 
 def test_the_best_checkpoint_is_kept(tmp_path):

@@ -46,6 +46,8 @@ class ModelRecipe(Section):
     """Quantize the base weights: a format, or a mapping. Needs an `adapter`: quantized weights cannot be trained."""
     attention: Literal["auto", "shared", "unshared"] = "auto"
     """`shared` encodes a prompt once for all its completions; `unshared` uses one row per completion."""
+    kernels: bool = False
+    """Take norms and activations from the hub's kernels (package `kernels`); needs an accelerator."""
 
 
 class AdapterRecipe(Section):
@@ -179,7 +181,8 @@ class TrainRecipe(Section):
     batch_size: Count = 64
     """Comparisons per optimizer step, over all processes and accumulation."""
     token_budget: Auto | Count = "auto"
-    """Computed tokens per micro-batch; changes speed and memory, never the result."""
+    """Computed tokens per micro-batch; changes speed and memory, never the result. `auto` is what fits free memory, at
+    most 8192 on a CPU and 65536 on an accelerator."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-7
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -197,7 +200,9 @@ class TrainRecipe(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the gradient to this norm; null for no clipping."""
     gradient_checkpointing: Auto | bool = "auto"
-    """Recompute activations in the backward pass to save memory."""
+    """Recompute activations in the backward pass to save memory; `auto`: only where the token budget needs it."""
+    compile: bool = False
+    """Compile the decoder layers (torch.compile); minutes at the start, faster steps on an accelerator."""
 
     @model_validator(mode="before")
     @classmethod

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors import safe_open
 
+from prefopt.memory import free_memory
 from prefopt.models import ModelSource, default_device
 from prefopt.reference.identity import model_folder
 
@@ -31,7 +31,7 @@ def described(source: ModelSource) -> str:
 
 def why_not_held(source: ModelSource) -> str | None:
     """Say why a source cannot be loaded beside nothing else; None where it fits the device's free memory."""
-    needed, free = ROOM * _weights_bytes(source), _free_bytes(default_device())
+    needed, free = ROOM * _weights_bytes(source), free_memory(default_device())
     if needed <= free:
         return None
     return (
@@ -56,15 +56,3 @@ def _numbers(file: Path) -> int:
                 yield int(torch.Size(tensors.get_slice(name).get_shape()).numel())
 
     return sum(sizes())
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    limits = [Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current")]
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit, used = (int(file.read_text()) for file in limits)
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
-        return free
-    return min(free, limit - used)

@@ -29,10 +29,11 @@ class CachedLogps:
         """Return the cached log-probs of the batch's completions; per token where they were asked for."""
         device = batch.input_ids.device
         places = [int(self._starts[group]) + completion for group, completion in batch.keys]
-        sums = torch.from_numpy(self._sums[places]).to(device)
+        sums = torch.from_numpy(self._sums[places]).to(device, non_blocking=True)
         tokens = None
         if self._tokens is not None:
-            tokens = torch.from_numpy(np.concatenate([self._exact_sum(place) for place in places])).to(device)
+            exact = np.concatenate([self._exact_sum(place) for place in places])
+            tokens = torch.from_numpy(exact).to(device, non_blocking=True)
         return CompletionLogProbs(sums, batch.completion_lengths, tokens)
 
     def _exact_sum(self, place: int) -> np.ndarray:
@@ -55,7 +56,7 @@ class OnlineLogps:
     @torch.no_grad()
     def __call__(self, batch: RaggedBatch) -> CompletionLogProbs:
         """Return the log-probs under the reference, in eval mode."""
-        self.tokens += int(batch.completion_lengths.sum())
+        self.tokens += batch.targets.numel()
         with self.reference() as scorer, autocast(batch.input_ids.device, self.precision):
             return scorer(batch, distribution=self.distribution)
 

@@ -1,0 +1,221 @@
+"""How many tokens a micro-batch holds and whether activations are recomputed, from the memory that is free.
+
+    free memory * share  =  gradients + optimizer + 16-bit casts + head   +   tokens * activations per token
+
+The weights are loaded when this is asked, so free memory is what they left. `train.token_budget: auto` is the most
+tokens that fit, up to what fills the device; `train.gradient_checkpointing: auto` recomputes only where a sensible
+micro-batch would not fit otherwise, for it costs a third of a full step's time and half of an adapter's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from prefopt.activations import activation_bytes, decoder_layers, shape_of
+from prefopt.models import ModelSource, load_config
+from prefopt.planning import StepPlanner, longest_unit
+from prefopt.quantization import skeleton
+from prefopt.recipe import Recipe
+from prefopt.recipe.quantization import quantization_details
+from prefopt_losses.head import CPU_TILE_BYTES, DEVICE_TILE_BYTES
+
+MOST = {"cpu": 8192, "cuda": 65536}
+"""Tokens beyond which a larger micro-batch is no faster: matrix products are at full speed long before."""
+ENOUGH = {"cpu": 512, "cuda": 4096}
+"""Tokens below which a device idles between kernels: activations are recomputed before a budget falls under it."""
+SHARE = {"cpu": 0.6, "cuda": 0.9}
+"""Of free memory that is planned with: the rest is for fragments, and on a CPU for everybody else."""
+GRAIN = 256
+"""Budgets are whole multiples, so that a few bytes more or less of free memory seldom change what a run computes."""
+LOOK_AT = 8
+"""Optimizer steps that are planned to see how many tokens one has."""
+QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.6, "fp4": 0.6}
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What training will allocate beside the weights, in bytes."""
+
+    gradients: int
+    optimizer: int
+    casts: int
+    """16-bit copies of weights that autocast keeps until the end of the backward pass."""
+    head: int
+    """Tiles of logits, and the head's gradient while it is summed in fp32."""
+    second_model: int
+    """Weights of a reference that is computed beside the policy."""
+    per_token: float
+    """Activations of a computed token."""
+    per_token_recomputed: float
+    """The same where layers are recomputed in the backward pass."""
+
+    @property
+    def fixed(self) -> int:
+        """What does not depend on the micro-batch."""
+        return self.gradients + self.optimizer + self.casts + self.head + self.second_model
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the data ask of a micro-batch, in computed tokens."""
+
+    longest: int
+    """Of the longest comparison or list, which is never cut."""
+    step: int
+    """Of a whole optimizer step, by the largest of the first ones."""
+    context: float = 0.0
+    """Tokens that a token attends to, on average."""
+    unshared: float = 1.0
+    """How many times as many tokens one padded row per completion has."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What was decided, and why."""
+
+    token_budget: int
+    gradient_checkpointing: bool
+    reason: str
+    """One sentence with the figures behind both."""
+    fits: bool
+    """Whether the arithmetic says that training fits at all."""
+
+
+def rows_of(planner: StepPlanner, total: int) -> Rows:
+    """Look at the data as a planner cuts them, whose token budget must be out of reach."""
+    dataset = planner.dataset
+    steps = [planner.step(number) for number in range(min(total, LOOK_AT))]
+    first = [part.group for micro in steps[0].micro_batches for part in micro]
+    rows = [int(dataset.prompt_lengths[group]) + dataset.completion_lengths(group) for group in first]
+    lengths = torch.tensor([int(length) for group in rows for length in group], dtype=torch.float64)
+    return Rows(
+        longest=longest_unit(dataset, rejected=planner.rejected, gold=planner.gold, unit=planner.unit),
+        step=max(step.computed_tokens for step in steps),
+        context=float((lengths**2).sum() / lengths.sum()),
+        unshared=max(1.0, float(lengths.max() * len(lengths)) / max(steps[0].computed_tokens, 1)),
+    )
+
+
+def demand_of(
+    recipe: Recipe,
+    model: nn.Module,
+    base: nn.Module,
+    rows: Rows,
+    *,
+    device: str,
+    shared: bool = True,
+    processes: int = 1,
+    second_model: int = 0,
+) -> Demand:
+    """Count what training a model allocates.
+
+    Args:
+        recipe: its precision and optimizer.
+        model: the policy with its adapter.
+        base: the transformers model in it.
+        rows: what the data ask.
+        device: the type of the device.
+        shared: whether prompts are shared; one row per completion has more tokens than are planned.
+        processes: more than one hold their gradients twice, once in the buckets that are exchanged.
+        second_model: bytes of a reference's weights that will be loaded beside it.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    moments = {"adamw": 2 * gradients, "adamw_8bit": 2 * sum(p.numel() for p in trained)}
+    # Paged moments move to the host where the device is full; on a CPU there is nowhere to move to.
+    moments["paged_adamw_8bit"] = moments["adamw_8bit"] if device == "cpu" else 0
+    precision, shape, times = recipe.train.precision, shape_of(base), 1.0 if shared else rows.unshared
+    kept, again = (
+        times * activation_bytes(shape, precision, recomputed=recomputed, context=rows.context)
+        for recomputed in (False, True)
+    )
+    return Demand(
+        gradients=gradients * (2 if processes > 1 else 1),
+        optimizer=moments[recipe.train.optimizer.name],
+        casts=_casts(base) if precision == "bf16" else 0,
+        head=_head(base, device),
+        second_model=second_model,
+        per_token=kept,
+        per_token_recomputed=again,
+    )
+
+
+def weights_bytes(source: ModelSource) -> int:
+    """Bytes of a model's weights as they will be held, by its configuration alone."""
+    each = QUANTIZED_BYTES.get(quantization_details(source.quantization).type, source.dtype.itemsize)
+    return int(each * sum(p.numel() for p in skeleton(load_config(source)).parameters()))
+
+
+def _casts(base: nn.Module) -> int:
+    """16-bit copies of the matrices in the decoder's layers and of the head; an embedding is looked up, not cast."""
+    wide = [p for layer in decoder_layers(base) for p in layer.parameters()] + _head_weight(base)
+    return sum(2 * p.numel() for p in wide if p.ndim > 1 and p.dtype == torch.float32)
+
+
+def _head(base: nn.Module, device: str) -> int:
+    """Three tiles (logits, their gradient, its cast), and the fp32 sum of the head's gradient where it trains."""
+    tiles = 3 * (CPU_TILE_BYTES if device == "cpu" else DEVICE_TILE_BYTES)
+    return tiles + sum(4 * weight.numel() for weight in _head_weight(base) if weight.requires_grad)
+
+
+def _head_weight(base: nn.Module) -> list[torch.Tensor]:
+    weight = getattr(base.get_output_embeddings(), "weight", None)
+    return [] if weight is None else [weight]
+
+
+def plan_memory(
+    recipe: Recipe, demand: Demand, rows: Rows, *, free: int, device: str, processes: int = 1
+) -> MemoryPlan:
+    """Decide the token budget and whether activations are recomputed.
+
+    Args:
+        recipe: what its `train.token_budget` and `train.gradient_checkpointing` fix stays.
+        demand: what training will allocate.
+        rows: what the data ask.
+        free: bytes that are free now, with the policy's weights loaded.
+        device: the type of the device.
+        processes: that share an optimizer step.
+    """
+    wanted, asked = recipe.train.token_budget, recipe.train.gradient_checkpointing
+    own = -(-rows.step // processes)  # a process has no more tokens in a step
+    enough = max(rows.longest, min(own, ENOUGH.get(device, ENOUGH["cuda"]) if wanted == "auto" else wanted))
+    room = SHARE.get(device, SHARE["cuda"]) * free - demand.fixed
+    kept, again = (max(0, int(room // each)) for each in (demand.per_token, demand.per_token_recomputed))
+    recomputed = kept < enough if asked == "auto" else asked
+    fitting = again if recomputed else kept
+    if wanted == "auto":
+        budget, why = _budget(fitting, rows, own, device, processes)
+    else:
+        budget, why = wanted, "as train.token_budget says"
+    held = demand.per_token_recomputed if recomputed else demand.per_token
+    reason = (
+        f"{budget:,} tokens ({why}): {free / _GIB:.1f} GiB free, {demand.fixed / _GIB:.1f} GiB for gradients, "
+        f"optimizer and head; {held / 2**10:,.0f} KiB of activations per token, {_recomputed(asked, recomputed, kept)}"
+    )
+    return MemoryPlan(budget, recomputed, reason, fits=fitting >= max(rows.longest, min(budget, own)))
+
+
+def _budget(fitting: int, rows: Rows, own: int, device: str, processes: int) -> tuple[int, str]:
+    """Return the most tokens that fit and are of use, and which of both decided.
+
+    A step smaller than the budget of a single process lowers nothing: held-out data are cut by the same budget.
+    """
+    useful, why = MOST.get(device, MOST["cuda"]), "what fills the device"
+    if processes > 1 and own < useful:
+        useful, why = own, "a process's part of a step"
+    if fitting < useful:
+        useful, why = fitting, "what fits"
+    if useful < rows.longest:
+        return rows.longest, "the longest comparison, which is never cut"
+    whole = useful - useful % GRAIN
+    return (whole, why) if whole >= rows.longest else (useful, why)
+
+
+def _recomputed(asked: bool | str, recomputed: bool, kept: int) -> str:
+    if asked != "auto":
+        return f"{'' if recomputed else 'not '}recomputed, as train.gradient_checkpointing says"
+    return f"recomputed, for only {kept:,} tokens would fit otherwise" if recomputed else "none recomputed"

@@ -1,0 +1,92 @@
+"""The bytes that a decoder is said to keep per token are those that autograd keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, UNSHARED, group, tiny_model
+
+from prefopt.activations import DecoderShape, activation_bytes, decoder_layers, layer_bytes, shape_of
+from prefopt.adapters import add_lora
+from prefopt.batching import make_batch
+from prefopt.forward import Scorer, autocast
+from prefopt.models import switch_off_dropout
+
+PROMPT, COMPLETIONS = 20, (12, 15)
+WIDE = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 176, "head_dim": 16}
+SIZES = {"gpt2": {"n_layer": 4, "n_embd": 64}}
+
+
+def kept_bytes(scorer, batch, precision) -> float:
+    """Bytes per token of what autograd saves: each storage once, weights apart."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in scorer.parameters()}
+    kept: dict[int, torch.Tensor] = {}  # held, so that no address is used twice
+
+    def pack(tensor):
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with autocast(torch.device("cpu"), precision), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
+        scorer(batch)
+    sizes = [one.untyped_storage().nbytes() for address, one in kept.items() if address not in weights]
+    return sum(sizes) / batch.tokens
+
+
+def tiny_scorer(name, precision, *, lora=False, recomputed=False):
+    model = tiny_model(name, **SIZES.get(name, WIDE))
+    switch_off_dropout(model)
+    if precision == "bf16-pure":
+        model = model.bfloat16()
+    adapted = add_lora(model, rank=4, alpha=8.0, dropout=0.0, targets="all-linear") if lora else model
+    if recomputed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return Scorer(adapted).train()
+
+
+def some_batch():
+    return make_batch([group(PROMPT, list(COMPLETIONS), seed=seed) for seed in range(20)])
+
+
+def context() -> float:
+    """Tokens that a token attends to, on average over both segments of a tree."""
+    first, second = PROMPT + COMPLETIONS[0] - 1, COMPLETIONS[1] - 1
+    return (first * first + second * (PROMPT + second)) / (first + second)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "gpt2"])
+def test_what_is_counted_is_what_autograd_keeps(name, precision, lora):
+    scorer = tiny_scorer(name, precision, lora=lora)
+    measured = kept_bytes(scorer, some_batch(), precision)
+    predicted = activation_bytes(shape_of(scorer.language_model), precision, recomputed=False, context=context())
+    assert 0.9 * measured < predicted < 1.4 * measured
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_recomputed_layers_keep_a_hidden_state_each(name):
+    """The one layer that is recomputed at a time is not there after a forward pass; the rest is."""
+    scorer = tiny_scorer(name, "fp32", recomputed=True)
+    measured, shape = kept_bytes(scorer, some_batch(), "fp32"), shape_of(scorer.language_model)
+    whole = activation_bytes(shape, "fp32", recomputed=True, context=context())
+    predicted = whole - layer_bytes(shape, "fp32", context=context())
+    assert 0.9 * measured < predicted < 1.5 * measured
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *UNSHARED])
+def test_every_architecture_has_a_shape_and_layers(name):
+    model = tiny_model(name)
+    shape = shape_of(model)
+    assert shape.layers == len(decoder_layers(model)) == (64 if name == "mamba2" else 2)
+    assert shape.hidden == 32
+    assert activation_bytes(shape, "bf16", recomputed=False) > activation_bytes(shape, "bf16", recomputed=True) > 0
+
+
+def test_an_eight_billion_model_keeps_seven_megabytes_a_token_and_half_of_one_recomputed():
+    llama = DecoderShape(layers=32, hidden=4096, queries=4096, keys=1024, inner=14336, gated=True, readers=5)
+    kept, again = (activation_bytes(llama, "bf16-pure", recomputed=recomputed) for recomputed in (False, True))
+    assert kept / 2**20 == pytest.approx(7, rel=0.2)  # MiB per token
+    assert kept / again > 12
