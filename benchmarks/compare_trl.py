@@ -1,18 +1,24 @@
-"""prefopt beside TRL's DPOTrainer: each tool in its own process, whole runs alternating, ratios with their spread.
+"""prefopt beside TRL's DPOTrainer: each run in a fresh process, whole runs alternating, ratios paired run by run.
 
-    python benchmarks/compare_trl.py --workload reference body-256-128 --precision fp32 --runs 5 --markdown FILE
+    python benchmarks/compare_trl.py --workload reference body-256-128 lora --precision fp32 bf16 --json FILE
     python benchmarks/compare_trl.py --workload alpaca --data PAIRS.jsonl.gz
+    python benchmarks/compare_trl.py --workload body-256-128 --sharing
+    python benchmarks/compare_trl.py --workload reference --growth 200
 
-Both tools get the same weights, the same rows in the same order, the same batch, AdamW (fused), learning rate and
-clipping, through their own training loops; their losses must agree to 1e-4 in fp32, or the program fails. The order
-of tools alternates A B C, A B C, ...; ratios are taken run by run, the interval is that of the median (bootstrap,
-95 %). Beside each run the machine's matrix products are timed: `eff` is the share of that rate that a step reached.
+Both tools get the same weights, token ids, order, batch, loss, AdamW (fused), learning rate and clipping, and train
+in their own loops. Every counted step must score the same tokens in both; in fp32 the losses must agree to 1e-4.
+Otherwise the program fails and prints no table.
 
     prefopt                  reference cached (scored before the first step), token budget and layout as it chooses
-    prefopt-unshared         the same with every prompt computed twice, ragged: what sharing alone is worth
-    trl                      online reference: its default (for LoRA with the adapter off)
+    prefopt-unshared         the same ragged rows with every prompt computed twice: what sharing alone is worth
+    trl                      online reference: its default; with LoRA it is `trl-adapter-off`
     trl-precomputed          reference log-probs computed before the first step
     trl-precomputed-compact  the same, patched to score completion positions only, as it does on CUDA
+
+TRL runs without gradient checkpointing unless --trl-checkpointing, though it is its default: that favours TRL.
+How a step is timed stands in speed_run.py, what is patched in speed_trainers.py, `eff` and `predicted` in
+cost_model.py. The lower bound of a ratio is exact (order statistics). --interleaved runs two tools in one process,
+step by step in turn: a second opinion that flatters whoever allocates less, which is us.
 """
 
 from __future__ import annotations
@@ -21,19 +27,17 @@ import argparse
 import json
 import os
 import platform
-import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-import trl
-from cost_model import Pair, naive, shared
+from cost_model import TOOLS, Pair, operations
+from speed_tables import growth, largest_difference, sharing, table
 from speed_workloads import (
     BATCH,
     WORKLOADS,
@@ -47,166 +51,176 @@ from speed_workloads import (
 )
 
 HERE = Path(__file__).parent
-TOOLS = ("prefopt", "prefopt-unshared", "trl", "trl-precomputed", "trl-precomputed-compact")
 AGREE = 1e-4
 """Largest difference of two tools' losses in fp32."""
+Figures = dict[str, Any]
 
 
 def main() -> None:
     arguments = parse_arguments()
-    lines, raw = [conditions(arguments)], []
+    lines, runs = [conditions(arguments)], []
+    print(lines[0], flush=True)
+
+    def show(more: list[str]) -> None:
+        lines.extend(more)
+        print("\n".join(more), flush=True)
+        if arguments.markdown:
+            arguments.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if arguments.json:
+            arguments.json.write_text(json.dumps({"conditions": lines[0], "runs": runs}), encoding="utf-8")
+
     for name in arguments.workload:
         for precision in arguments.precision:
-            runs = measure(name, precision, arguments)
-            raw += runs
-            lines += table(name, precision, runs, arguments)
-            print("\n".join(lines[-(len(arguments.tools) + 6) :]), flush=True)
-            if arguments.markdown:
-                arguments.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            if arguments.json:
-                arguments.json.write_text(json.dumps(raw), encoding="utf-8")
+            with tempfile.TemporaryDirectory() as temporary:
+                measure(name, precision, arguments, Path(temporary), runs, show)
+    show([f"\nLoad average at the end {os.getloadavg()[0]:.1f}"])
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=["reference"])
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
-    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=["prefopt", "trl", "trl-precomputed"])
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=[t for t in TOOLS if t != "prefopt-unshared"])
+    parser.add_argument("--sharing", action="store_true", help="only prefopt with and without shared prompts")
+    parser.add_argument("--interleaved", action="store_true", help="both tools in one process (flatters us)")
+    parser.add_argument("--growth", type=int, metavar="STEPS", help="only prefopt, once: memory over many steps")
     parser.add_argument("--runs", type=int, default=5, help="runs of each tool")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of a run; one more comes first")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of a run")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them, at least one")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--data", type=Path, help="preference pairs for alpaca: .jsonl.gz")
-    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--data", type=Path, help="preference pairs for alpaca: JSON lines, plain or .gz")
+    parser.add_argument("--max-length", type=int, help="longest prompt with completion; 512 for alpaca, else unlimited")
     parser.add_argument("--trl-checkpointing", action="store_true", help="TRL's default: recompute activations")
+    parser.add_argument("--small", action="store_true", help="a tiny model, two runs: whether it works")
     parser.add_argument("--json", type=Path, help="every number")
     parser.add_argument("--markdown", type=Path, help="the tables")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.small:
+        vars(arguments).update(workload=["small", "small-lora"], runs=min(arguments.runs, 2), steps=2)
+    if arguments.sharing:
+        arguments.tools = ["prefopt", "prefopt-unshared"]
+    if arguments.growth:
+        vars(arguments).update(tools=["prefopt"], runs=1, steps=arguments.growth - arguments.warmup)
+    if arguments.interleaved and (len(arguments.tools) != 2 or arguments.tools[1] == "prefopt-unshared"):
+        parser.error("--interleaved: expected --tools prefopt and one of TRL's, for what is patched holds process-wide")
+    if "alpaca" in arguments.workload and arguments.data is None:
+        parser.error("--workload alpaca: expected --data PAIRS.jsonl.gz with prompt, chosen and rejected")
+    if arguments.tools[0] != "prefopt":
+        parser.error("--tools: expected prefopt as the first, for the others are compared with it")
+    if min(arguments.warmup, arguments.runs, arguments.steps) < 1:
+        parser.error("--warmup, --runs, --steps: expected at least 1")
+    return arguments
 
 
 def conditions(arguments: argparse.Namespace) -> str:
     """Say what was measured, and on what."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, cwd=HERE)
+    commit = git("rev-parse", "--short", "HEAD") or "unknown"
+    commit += " with changes" if git("status", "--porcelain", "-uno") else ""
     described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = next((line.split(":")[1].strip() for line in described.splitlines() if "model name" in line), "")
-    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in described]
+    known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    flags = ", ".join(f"{'' if f' {flag}' in described else 'no '}{flag}" for flag in known)
+    processes = "both tools in ONE process (flatters us)" if arguments.interleaved else "each in a process of its own"
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "trl", "peft"))
     return (
-        f"{time.strftime('%Y-%m-%d')}, commit {commit.stdout.strip()}{' with changes' if changed.stdout else ''}; "
-        f"{name or platform.machine()} ({', '.join(flags)}), {os.cpu_count()} cores, {arguments.threads} threads; "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}; "
-        f"{arguments.runs} alternating runs of {arguments.steps} timed steps, {BATCH} pairs a step"
-        f"{'; TRL with gradient checkpointing' if arguments.trl_checkpointing else ''}\n"
+        f"{time.strftime('%Y-%m-%d')}, commit {commit}; "
+        f"{name or platform.machine()} ({flags}), {os.cpu_count()} cores, {arguments.threads} threads, load average "
+        f"{os.getloadavg()[0]:.1f}; {versions}; {arguments.runs} alternating runs of {arguments.warmup} + "
+        f"{arguments.steps} steps of {BATCH} pairs, {processes}; TRL "
+        f"{'with' if arguments.trl_checkpointing else 'without'} gradient checkpointing"
     )
 
 
-def measure(name: str, precision: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run every tool in turn, each in a process of its own; returns their figures."""
-    workload, steps = WORKLOADS[name], arguments.steps + 1
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        pairs = prepare(folder, name, workload, steps * BATCH, arguments)
-        runs = []
-        for number in range(arguments.runs):
-            for tool in arguments.tools:
-                job = {
-                    "tool": tool, "workload": name, "run": number, "precision": precision, "lora": workload.lora,
-                    "model": str(folder / "model"), "pairs": str(folder / "pairs.jsonl"), "folder": str(folder),
-                    "output": str(folder / f"{tool}-{number}"), "steps": steps, "batch": BATCH,
-                    "max_length": arguments.max_length, "learning_rate": 1e-3 if workload.lora else 1e-4,
-                    "threads": arguments.threads, "trl_checkpointing": arguments.trl_checkpointing,
-                }  # fmt: skip
-                runs.append(run(job, folder / "figures.json") | {"operations": operations(workload, pairs, tool)})
-        if precision == "fp32":
-            refuse_other_losses(runs)
-        return runs
+def git(*command: str) -> str:
+    return subprocess.run(["git", *command], capture_output=True, text=True, cwd=HERE).stdout.strip()
 
 
-def prepare(folder: Path, name: str, workload: Workload, count: int, arguments: argparse.Namespace) -> list[Pair]:
+def measure(
+    name: str, precision: str, arguments: argparse.Namespace, folder: Path, runs: list[Figures],
+    show: Callable[[list[str]], None],
+) -> None:  # fmt: skip
+    """Run every tool in turn, and show what came of it."""
+    workload, steps = WORKLOADS[name], arguments.warmup + arguments.steps
+    max_length = arguments.max_length or (512 if name == "alpaca" else 4096)
+    pairs = prepare(folder, name, workload, steps * BATCH, arguments.data, max_length)
+    tools = ["trl-adapter-off" if tool == "trl" and workload.lora else tool for tool in arguments.tools]
+    own: list[Figures] = []
+    for number in range(arguments.runs):
+        for tool in [tools] if arguments.interleaved else tools:
+            job = {
+                "tool": tool, "workload": name, "run": number, "precision": precision, "lora": workload.lora,
+                "model": str(folder / "model"), "pairs": str(folder / "pairs.jsonl"), "max_length": max_length,
+                "output": str(folder / f"{'-'.join(tool) if arguments.interleaved else tool}-{number}"),
+                "steps": steps, "warmup": arguments.warmup, "batch": BATCH, "beta": 0.1,
+                "learning_rate": 1e-3 if workload.lora else 1e-4, "threads": arguments.threads,
+                "trl_checkpointing": arguments.trl_checkpointing, "interleaved": arguments.interleaved,
+            }  # fmt: skip
+            for figures in run(job, folder / "figures.json"):
+                figures["operations"] = operations(
+                    figures["tool"], workload.shape, pairs[arguments.warmup * BATCH :], batch=BATCH,
+                    lora=workload.lora, checkpointing=arguments.trl_checkpointing,
+                )  # fmt: skip
+                own.append(figures)
+    runs += own
+    refuse_another_training(own, precision)
+    if arguments.growth:
+        show(growth(own[0]))
+        return
+    show(table(name, precision, own))
+    if "prefopt-unshared" in tools:
+        show([sharing(own)])
+    if name == "alpaca":
+        from speed_grouping import count_tokens
+
+        show(count_tokens(arguments.data, folder, max_length))
+
+
+def prepare(folder: Path, name: str, workload: Workload, count: int, data: Path | None, max_length: int) -> list[Pair]:
     """Write the model and the pairs; returns the pairs' lengths."""
-    if name != "alpaca":
+    if name == "alpaca" and data is not None:
+        rows = read_real_pairs(data)
+        tokenizer = bpe_tokenizer([text for row in rows for text in row.values()], workload.vocab)
+        pairs = write_real_pairs(folder / "pairs.jsonl", rows, tokenizer, count, max_length)
+    else:
         tokenizer = word_tokenizer(workload.vocab)
         pairs = write_random_pairs(folder / "pairs.jsonl", workload, count)
-    elif arguments.data is None:
-        raise SystemExit("--workload alpaca: expected --data PAIRS.jsonl.gz with prompt, chosen and rejected")
-    else:
-        rows = read_real_pairs(arguments.data)
-        tokenizer = bpe_tokenizer([text for row in rows for text in row.values()], workload.vocab)
-        pairs = write_real_pairs(folder / "pairs.jsonl", rows, tokenizer, count, arguments.max_length)
     make_model(folder / "model", workload, tokenizer)
     return pairs
 
 
-def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
+def run(job: Figures, out: Path) -> list[Figures]:
     """Run one job in a fresh process.
 
     Raises:
         SystemExit: it failed; what it said is shown.
     """
+    threads = {"OMP_NUM_THREADS": str(job["threads"]), "MKL_NUM_THREADS": str(job["threads"])}
     command = [sys.executable, str(HERE / "speed_run.py"), json.dumps(job), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **threads})
     if done.returncode:
-        raise SystemExit(f"{job['tool']} failed:\n{done.stderr[-3000:]}")
-    figures: dict[str, Any] = json.loads(out.read_text())
-    print(f"  {job['workload']} {job['precision']} {job['tool']}: {figures['median_s']:.2f} s a step", file=sys.stderr)
+        raise SystemExit(f"{job['tool']} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
+    figures: list[Figures] = json.loads(out.read_text())
+    for one in figures:
+        said = f"run {one['run'] + 1} {one['workload']} {one['precision']} {one['tool']}: {one['median_s']:.3f} s/step"
+        print(f"  {said}", file=sys.stderr, flush=True)
     return figures
 
 
-def operations(workload: Workload, pairs: list[Pair], tool: str) -> float:
-    """Operations of the mean timed step of a tool, without padding."""
-    timed, k, u = pairs[BATCH:], 2 if workload.lora else 3, 2 if workload.lora else 3
-    steps = len(timed) / BATCH
-    if tool == "prefopt":
-        return shared(workload.shape, timed, k=k, u=u) / steps
-    recomputed = 0 if tool.startswith("prefopt") else 1
-    return naive(workload.shape, timed, k=k, u=u + recomputed, reference=tool == "trl") / steps
-
-
-def refuse_other_losses(runs: list[dict[str, Any]]) -> None:
-    """Raise SystemExit where two tools did not train the same."""
-    first = runs[0]["losses"]
+def refuse_another_training(runs: list[Figures], precision: str) -> None:
+    """Raise SystemExit where two runs did not train on the same tokens, or in fp32 not with the same losses."""
+    first = runs[0]
     for other in runs[1:]:
-        apart = max(abs(a - b) for a, b in zip(first, other["losses"], strict=True))
-        if not apart <= AGREE:
+        if other["scored"] != first["scored"]:
             raise SystemExit(
-                f"losses of {runs[0]['tool']} and {other['tool']} differ by {apart:.2g} in fp32 (at most {AGREE} "
-                f"allowed), so their times say nothing:\n{first}\n{other['losses']}"
+                f"{first['tool']} and {other['tool']} trained on different tokens (per step: completion tokens, sum "
+                f"of ids):\n{first['scored']}\n{other['scored']}"
             )
-
-
-def table(name: str, precision: str, runs: list[dict[str, Any]], arguments: argparse.Namespace) -> list[str]:
-    """Lay the figures out, with prefopt's ratio to each other tool."""
-    ours = [run for run in runs if run["tool"] == arguments.tools[0]]
-    lines = [
-        f"\n## {name}, {precision}\n",
-        "| tool | s/step (median; least to most) | pairs/s | eff | peak GiB | first step s "
-        f"| x {arguments.tools[0]} (median; 95 % interval; least to most) | operations |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for tool in arguments.tools:
-        own = [run for run in runs if run["tool"] == tool]
-        times = [run["median_s"] for run in own]
-        median = statistics.median(times)
-        eff = statistics.median(
-            run["operations"] / statistics.mean(run["steps_s"]) / statistics.mean(run["matmul_rate"]) for run in own
-        )
-        ratios = [theirs["median_s"] / mine["median_s"] for theirs, mine in zip(own, ours, strict=True)]
-        low, high = interval(ratios)
-        lines.append(
-            f"| {tool} | {median:.2f}; {min(times):.2f} to {max(times):.2f} | {BATCH / median:.2f} | {eff:.2f} "
-            f"| {max(run['peak_bytes'] for run in own) / 2**30:.2f} "
-            f"| {statistics.median(run['first_step_s'] for run in own):.0f} "
-            f"| {statistics.median(ratios):.2f}; {low:.2f} to {high:.2f}; {min(ratios):.2f} to {max(ratios):.2f} "
-            f"| {own[0]['operations'] / ours[0]['operations']:.2f} x |"
-        )
-    apart = max(abs(a - b) for run in runs for a, b in zip(runs[0]["losses"], run["losses"]))
-    return [*lines, f"\nLargest difference of two tools' losses: {apart:.1e}"]
-
-
-def interval(values: list[float], draws: int = 4000) -> tuple[float, float]:
-    """Bootstrap interval of the median, 95 %."""
-    generator = random.Random(0)
-    medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(draws))
-    return medians[draws // 40], medians[-draws // 40 - 1]
+        apart = largest_difference([first, other])
+        if precision == "fp32" and not apart <= AGREE:
+            raise SystemExit(
+                f"losses of {first['tool']} and {other['tool']} differ by {apart:.2g} in fp32 (at most {AGREE} "
+                f"allowed), so their times say nothing:\n{first['losses']}\n{other['losses']}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,19 +1,38 @@
-"""What a step must compute: floating-point operations by layout, and the rate at which this machine multiplies.
+"""What a step must compute, by arithmetic, and how near a measured one came to this machine's rate.
+
+    python benchmarks/cost_model.py --workload body-256-128 [--json FIGURES]
+
+FIGURES is what `compare_trl.py --json` wrote: the program then prints measured ratios beside predicted ones, and
+
+    eff = operations / (time x rate of matrix products, measured beside it)
 
     forward over T computed tokens with causal area A (sum of squared lengths):  F(T, A) = 2 N T + 2 L d A
     head per scored token:                                                       h = 2 V H
 
 N are the parameters of matrix products without embedding and head, d = heads x head_dim, L layers. A step is k
-forwards (3 with all weights trained, 2 with an adapter) and u head products (3 kept, 4 recomputed, one less frozen).
+forwards (3 with all weights trained, 2 with an adapter, 1 more where activations are recomputed) and u head products
+(3 where the gradient is made with the value, 4 where logits are recomputed, 1 less with a frozen head). An online
+reference adds one forward and one head product. TRL pads to the longest row of a batch, and off CUDA its head scores
+every position of every row.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+
+Pair = tuple[int, int, int]
+"""Tokens of a prompt and of its two completions."""
+RATE_SHAPES = ((2048, 512, 1408), (1024, 1024, 1024))
+"""(rows, inner, columns): a layer's widest product over a step's tokens, and a square that any cache likes."""
 
 
 @dataclass(frozen=True)
@@ -36,36 +55,114 @@ class Shape:
         """Operations of one head product."""
         return 2 * self.vocab * self.hidden * scored
 
-
-Pair = tuple[int, int, int]
-"""Tokens of a prompt and of its two completions."""
-
-
-def naive(shape: Shape, pairs: Iterable[Pair], *, k: float, u: float, reference: bool) -> float:
-    """Operations of a step that computes every prompt twice, without padding; `reference` adds its forward pass."""
-    pairs = list(pairs)
-    tokens = sum(2 * p + c + r for p, c, r in pairs)
-    area = sum((p + c) ** 2 + (p + r) ** 2 for p, c, r in pairs)
-    scored = sum(c + r for _, c, r in pairs)
-    return (k + reference) * shape.forward(tokens, area) + (u + reference) * shape.head(scored)
+    def step(self, layout: Layout, *, k: float, u: float) -> float:
+        """Operations of k forwards and u head products."""
+        return k * self.forward(layout.tokens, layout.area) + u * self.head(layout.scored)
 
 
-def shared(shape: Shape, pairs: Iterable[Pair], *, k: float, u: float) -> float:
-    """Operations of a step that computes every prompt once and reads the reference from a cache."""
-    pairs = list(pairs)
-    tokens = sum(p + c + r for p, c, r in pairs)
+@dataclass(frozen=True)
+class Layout:
+    """What one way of laying pairs out computes."""
+
+    tokens: float
+    area: float
+    """Sum of squared lengths: the causal area of attention."""
+    scored: float
+    """Positions that the head sees."""
+
+
+def shared(pairs: Sequence[Pair]) -> Layout:
+    """Every prompt once, no padding."""
     area = sum((p + c) ** 2 + (p + r) ** 2 - p**2 for p, c, r in pairs)
-    return k * shape.forward(tokens, area) + u * shape.head(sum(c + r for _, c, r in pairs))
+    return Layout(sum(p + c + r for p, c, r in pairs), area, sum(c + r for _, c, r in pairs))
 
 
-def matmul_rate(dtype: torch.dtype, *, seconds: float = 0.4) -> float:
-    """Operations per second of the better of two products, each as often as the time allows, at its fastest."""
+def unshared(pairs: Sequence[Pair]) -> Layout:
+    """Every prompt twice, no padding."""
+    area = sum((p + c) ** 2 + (p + r) ** 2 for p, c, r in pairs)
+    return Layout(sum(2 * p + c + r for p, c, r in pairs), area, sum(c + r for _, c, r in pairs))
+
+
+def padded(pairs: Sequence[Pair], batch: int, *, compact: bool) -> Layout:
+    """Every prompt twice, rows padded to the longest of each batch; a compact head sees completions only."""
+    tokens = area = scored = 0
+    for begin in range(0, len(pairs), batch):
+        members = pairs[begin : begin + batch]
+        rows, longest = 2 * len(members), max(p + max(c, r) for p, c, r in members)
+        tokens, area = tokens + rows * longest, area + rows * longest**2
+        scored += sum(c + r for _, c, r in members) if compact else rows * (longest - 1)
+    return Layout(tokens, area, scored)
+
+
+def operations(
+    tool: str, shape: Shape, pairs: Sequence[Pair], *, batch: int, lora: bool, checkpointing: bool = False
+) -> float:
+    """Operations of a tool's mean step over these pairs; what a cache or a first pass computed is not in it."""
+    k, u = 2 if lora else 3, 2 if lora else 3
+    steps = len(pairs) / batch
+    if tool.startswith("prefopt"):
+        return shape.step(unshared(pairs) if tool.endswith("unshared") else shared(pairs), k=k, u=u) / steps
+    online = not tool.startswith("trl-precomputed")
+    layout = padded(pairs, batch, compact=tool.endswith("compact"))
+    return shape.step(layout, k=k + online + checkpointing, u=u + 1 + online) / steps
+
+
+def matmul_rate(dtype: torch.dtype, *, seconds: float = 0.3) -> float:
+    """Operations per second of the better of two products at its fastest, into memory that is already there."""
     best = 0.0
-    for rows, inner, columns in ((2048, 512, 1408), (1024, 1024, 1024)):
-        left, right = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
+    for rows, inner, columns in RATE_SHAPES:
+        left, right = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype).t()
+        product = torch.empty(rows, columns, dtype=dtype)
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             began = time.perf_counter()
-            left @ right.t()
+            torch.mm(left, right, out=product)
             best = max(best, 2 * rows * inner * columns / (time.perf_counter() - began))
     return best
+
+
+def efficiency(run: dict[str, Any]) -> float:
+    """Share of the rate measured before and after that the timed steps of a run reached."""
+    return float(run["operations"] / statistics.mean(run["steps_s"]) / statistics.mean(run["matmul_rate"]))
+
+
+def paired_ratios(runs: Sequence[dict[str, Any]], tool: str, ours: str = "prefopt") -> list[float]:
+    """Return seconds per step of a tool over ours, for each pair of runs that alternated."""
+    times = {name: {run["run"]: run["median_s"] for run in runs if run["tool"] == name} for name in (tool, ours)}
+    return [times[tool][number] / own for number, own in sorted(times[ours].items()) if number in times[tool]]
+
+
+def main() -> None:
+    from speed_workloads import BATCH, WORKLOADS, random_lengths
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--workload", choices=[name for name in WORKLOADS if name != "alpaca"], default="reference")
+    parser.add_argument("--json", type=Path, help="what compare_trl.py --json wrote")
+    parser.add_argument("--pairs", type=int, default=400, help="pairs to predict from without figures")
+    arguments = parser.parse_args()
+    workload = WORKLOADS[arguments.workload]
+    runs: list[dict[str, Any]] = json.loads(arguments.json.read_text())["runs"] if arguments.json else []
+    runs = [run for run in runs if run["workload"] == arguments.workload]
+    tools = list(dict.fromkeys(run["tool"] for run in runs)) or TOOLS
+    pairs = random_lengths(workload, arguments.pairs)
+    predicted = {tool: operations(tool, workload.shape, pairs, batch=BATCH, lora=workload.lora) for tool in tools}
+    predicted |= {run["tool"]: run["operations"] for run in runs}
+    print("| precision | tool | GFLOP per step | predicted x prefopt | measured x prefopt | eff |")
+    print("|---|---|---|---|---|---|")
+    for precision in sorted({run["precision"] for run in runs}) or [""]:
+        own = [run for run in runs if run["precision"] == precision]
+        for tool in tools:
+            measured = paired_ratios(own, tool)
+            eff = [efficiency(run) for run in own if run["tool"] == tool]
+            print(
+                f"| {precision} | {tool} | {predicted[tool] / 1e9:,.0f} | {predicted[tool] / predicted[tools[0]]:.2f} "
+                f"| {statistics.median(measured) if measured else float('nan'):.2f} "
+                f"| {statistics.median(eff) if eff else float('nan'):.2f} |"
+            )
+
+
+TOOLS = ["prefopt", "prefopt-unshared", "trl", "trl-precomputed", "trl-precomputed-compact"]
+"""What is compared; with an adapter `trl` is `trl-adapter-off`."""
+
+if __name__ == "__main__":
+    main()

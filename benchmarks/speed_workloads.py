@@ -48,6 +48,7 @@ WORKLOADS = {
     "lora": Workload(8, 512, 1408, 4096, 256, 128, lora=True),
     "alpaca": Workload(4, 512, 864, 32_000, 0, 0),
     "small": Workload(2, 64, 128, 512, 24, 12),
+    "small-lora": Workload(2, 64, 128, 512, 24, 12, lora=True),
 }
 
 
@@ -86,44 +87,61 @@ def bpe_tokenizer(texts: Sequence[str], vocab: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
 
 
-def write_random_pairs(file: Path, workload: Workload, count: int) -> list[Pair]:
-    """Write pairs of random words; returns their lengths, completions with their end of sequence."""
+def random_lengths(workload: Workload, count: int) -> list[Pair]:
+    """Draw the lengths of pairs, completions with their end of sequence."""
     generator = random.Random(0)
-    lengths: list[Pair] = []
-
-    def text(tokens: int) -> str:
-        return " ".join(f"w{generator.randrange(2, workload.vocab)}" for _ in range(tokens))
 
     def around(mean: int) -> int:
         return generator.randint(max(2, round(mean * (1 - SPREAD))), round(mean * (1 + SPREAD)))
 
+    sizes = (workload.prompt, workload.completion, workload.completion)
+    return [tuple(map(around, sizes)) for _ in range(count)]  # type: ignore[misc]
+
+
+def write_random_pairs(file: Path, workload: Workload, count: int) -> list[Pair]:
+    """Write pairs of random words; returns their lengths, completions with their end of sequence."""
+    generator = random.Random(1)
+    lengths = random_lengths(workload, count)
+
+    def text(tokens: int) -> str:
+        return " ".join(f"w{generator.randrange(2, workload.vocab)}" for _ in range(tokens))
+
     with file.open("w", encoding="utf-8") as stream:
-        for _ in range(count):
-            p, c, r = around(workload.prompt), around(workload.completion), around(workload.completion)
+        for p, c, r in lengths:
             row = {"prompt": text(p), "chosen": " " + text(c - 1), "rejected": " " + text(r - 1)}
             stream.write(json.dumps(row) + "\n")
-            lengths.append((p, c, r))
     return lengths
 
 
 def read_real_pairs(file: Path) -> list[dict[str, str]]:
-    """Read prompt, chosen and rejected of a gzipped JSON-lines file, in a random order."""
-    rows = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines() if line]
+    """Read prompt, chosen and rejected of a JSON-lines file, plain or gzipped, in a random order.
+
+    A prompt gets a line feed at its end: words do not grow together with the answer's there.
+    """
+    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    rows = [json.loads(line) for line in content.splitlines() if line.strip()]
     random.Random(0).shuffle(rows)
-    return [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+    return [
+        {"prompt": row["prompt"].rstrip() + "\n", "chosen": row["chosen"], "rejected": row["rejected"]} for row in rows
+    ]
 
 
 def write_real_pairs(
     file: Path, rows: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerFast, count: int, max_length: int
 ) -> list[Pair]:
-    """Write the first pairs that fit `max_length` and have two different answers; returns their lengths."""
+    """Write the first pairs that no trainer cuts or tokenizes in its own way; returns their lengths."""
     lengths: list[Pair] = []
     with file.open("w", encoding="utf-8") as stream:
         for row in rows:
-            p, c, r = (len(tokenizer(row[name])["input_ids"]) for name in ("prompt", "chosen", "rejected"))
-            if p + max(c, r) + 1 <= max_length and row["chosen"] != row["rejected"] and min(p, c, r) > 0:
-                stream.write(json.dumps(row) + "\n")
-                lengths.append((p, c + 1, r + 1))
             if len(lengths) == count:
                 break
+            prompt, *answers = (tokenizer(row[name])["input_ids"] for name in ("prompt", "chosen", "rejected"))
+            p, c, r = len(prompt), len(answers[0]) + 1, len(answers[1]) + 1
+            together = [tokenizer(row["prompt"] + row[name])["input_ids"] for name in ("chosen", "rejected")]
+            split_alike = together == [prompt + answer for answer in answers]
+            if split_alike and p + max(c, r) <= max_length and min(c, r) > 1 and row["chosen"] != row["rejected"]:
+                stream.write(json.dumps(row) + "\n")
+                lengths.append((p, c, r))
+    if len(lengths) < count:
+        raise SystemExit(f"expected {count} pairs of at most {max_length} tokens, found {len(lengths)}")
     return lengths
