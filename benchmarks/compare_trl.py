@@ -17,7 +17,8 @@ Otherwise the program fails and prints no table.
 
 TRL runs without gradient checkpointing unless --trl-checkpointing, though it is its default: that favours TRL.
 How a step is timed stands in speed_run.py, what is patched in speed_trainers.py, `eff` and `predicted` in
-cost_model.py. The lower bound of a ratio is exact (order statistics). --interleaved runs two tools in one process,
+cost_model.py. The lower bound of a ratio is exact (order statistics); `at equal rate` counts
+time in matrix products that the machine could have done meanwhile. --interleaved runs two tools in one process,
 step by step in turn: a second opinion that flatters whoever allocates less, which is us.
 """
 

@@ -126,10 +126,20 @@ def efficiency(run: dict[str, Any]) -> float:
     return float(run["operations"] / statistics.mean(run["steps_s"]) / statistics.mean(run["matmul_rate"]))
 
 
-def paired_ratios(runs: Sequence[dict[str, Any]], tool: str, ours: str = "prefopt") -> list[float]:
-    """Return seconds per step of a tool over ours, for each pair of runs that alternated."""
-    times = {name: {run["run"]: run["median_s"] for run in runs if run["tool"] == name} for name in (tool, ours)}
-    return [times[tool][number] / own for number, own in sorted(times[ours].items()) if number in times[tool]]
+def paired_ratios(
+    runs: Sequence[dict[str, Any]], tool: str, ours: str = "prefopt", *, at_equal_rate: bool = False
+) -> list[float]:
+    """Return seconds per step of a tool over ours, for each pair of runs that alternated.
+
+    `at_equal_rate` counts time in matrix products that the machine could have done meanwhile: a neighbour that slows
+    one run of a pair moves it less.
+    """
+
+    def cost(run: dict[str, Any]) -> float:
+        return run["median_s"] * (statistics.mean(run["matmul_rate"]) if at_equal_rate else 1.0)
+
+    costs = {name: {run["run"]: cost(run) for run in runs if run["tool"] == name} for name in (tool, ours)}
+    return [costs[tool][number] / own for number, own in sorted(costs[ours].items()) if number in costs[tool]]
 
 
 def main() -> None:

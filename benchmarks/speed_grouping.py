@@ -25,6 +25,7 @@ def count_tokens(data: Path, folder: Path, max_length: int, batches: tuple[int, 
                     "data": {
                         "train": str(data), "max_length": max_length, "eval_fraction": 0.0, "group_by_prompt": grouped
                     },
+                    "loss": "dpo",
                     "train": {"batch_size": batch},
                     "output": str(folder / "grouping"),
                 },
