@@ -30,20 +30,24 @@ class AttentionPlan:
     """Segments and masks of one batch, made once and used by every layer.
 
     Attributes:
-        segments: per attention call (query start, query end, prompt start, prompt length). The keys are the
-            prompt (unless its length is 0: the segment then begins with it) followed by the queries' own rows.
+        sizes: rows of each segment; one after another they are the whole row.
+        shared: per segment (number of the segment that begins with its prompt, prompt length). The keys are the
+            prompt (unless its length is 0: the segment then begins with it) followed by the segment's own rows.
         calls: how often a layer asked for attention; the start-up guard compares it with the layers.
     """
 
     def __init__(self, trees: tuple[Tree, ...], device: torch.device) -> None:
         self.device = device
         self.calls = 0
-        self.segments: list[tuple[int, int, int, int]] = []
+        self.sizes: list[int] = []
+        self.shared: list[tuple[int, int]] = []
         for tree in trees:
-            first, *others = tree.branches
-            self.segments.append((tree.start, first[0] + first[1], tree.start, 0))
-            self.segments += [(begin, begin + count, tree.start, tree.prompt) for begin, count in others if count]
+            (begin, count), *others = tree.branches
+            root = len(self.sizes)
+            self.sizes += [begin + count - tree.start, *(count for _, count in others if count)]
+            self.shared += [(root, 0), *((root, tree.prompt) for _, count in others if count)]
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+        self._added: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
 
     def mask(self, queries: int, keys: int, window: int | None) -> Tensor:
         """Boolean (queries, keys) mask, lower-right causal, within the window; True attends."""
@@ -56,6 +60,16 @@ class AttentionPlan:
                 mask &= key_position > query_position - window
             self._masks[key] = mask
         return self._masks[key]
+
+    def added_mask(self, queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Return the same mask as a term of the scores, 0 or -inf: what SDPA would make of it in every layer."""
+        key = (queries, keys, window, dtype)
+        if key not in self._added:
+            hidden = ~self.mask(queries, keys, window)
+            self._added[key] = torch.zeros(queries, keys, dtype=dtype, device=self.device).masked_fill_(
+                hidden, float("-inf")
+            )
+        return self._added[key]
 
 
 def tree_attention(
@@ -91,17 +105,20 @@ def tree_attention(
     plan.calls += 1
     sinks = kwargs.get("s_aux")
     parts = []
-    for begin, end, prompt, shared in plan.segments:
-        keys, values = key[:, :, begin:end], value[:, :, begin:end]
+    # Split, not sliced: the gradient of a slice is a whole row of zeros, for each segment and layer.
+    pieces = zip(*(tensor.split(plan.sizes, dim=2) for tensor in (query, key, value)))
+    roots: list[tuple[Tensor, Tensor]] = []
+    for (queries, keys, values), (root, shared) in zip(pieces, plan.shared):
+        roots.append((keys, values))
         if shared:
-            keys = torch.cat((key[:, :, prompt : prompt + shared], keys), dim=2)
-            values = torch.cat((value[:, :, prompt : prompt + shared], values), dim=2)
+            keys, values = (
+                torch.cat((first[:, :, :shared], own), dim=2) for first, own in zip(roots[root], (keys, values))
+            )
         length = keys.shape[2]
         window = sliding_window if sliding_window is not None and sliding_window < length else None
         causal = window is None and not shared
-        queries = query[:, :, begin:end]
         if softcap is None and sinks is None:
-            mask = None if causal else plan.mask(end - begin, length, window)
+            mask = None if causal else plan.added_mask(queries.shape[2], length, window, query.dtype)
             parts.append(
                 F.scaled_dot_product_attention(
                     queries,
@@ -115,10 +132,9 @@ def tree_attention(
                 )
             )
         else:
-            mask = plan.mask(end - begin, length, window)
+            mask = plan.mask(queries.shape[2], length, window)
             parts.append(_plain_attention(queries, keys, values, mask, dropout, scaling, softcap, sinks))
-    output = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-    return output.transpose(1, 2).contiguous(), None
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1), None
 
 
 def _plain_attention(
