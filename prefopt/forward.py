@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefopt.attention import ARGUMENT, NAME, AttentionPlan
+from prefopt.attention import ARGUMENT, NAME, AttentionPlan, Backend
 from prefopt.batching import RaggedBatch
 from prefopt.errors import ModelError, Problem
 from prefopt.memory import trim
@@ -33,6 +33,8 @@ from prefopt_losses.head import Head
 from prefopt_losses.logps import token_logps_from_hidden, token_logps_from_logits
 
 Layout = Literal["shared", "unshared"]
+Settled = tuple[Layout, Backend]
+"""What the start-up comparison came to."""
 
 # Largest difference in a completion's log-prob, in nats per sqrt(token), at which two ways of computing it count
 # as equal. Rounding errors of tokens are nearly independent, so a sum's error grows with the root of its length.
@@ -86,9 +88,12 @@ class Scorer(nn.Module):
         self.attention_calls = 0
         self.set_layout(layout)
 
-    def set_layout(self, layout: Layout) -> None:
-        """Choose the layout; the model keeps its attention from then on (checkpointed layers run again later)."""
-        self.layout = layout
+    def set_layout(self, layout: Layout, backend: Backend = "sdpa") -> None:
+        """Choose the layout and what computes the attention of shared prompts.
+
+        The model keeps its attention from then on (checkpointed layers run again later).
+        """
+        self.layout, self.backend = layout, backend
         model = self.language_model
         model.set_attn_implementation(NAME if layout == "shared" else plain_attention(model))
 
@@ -168,7 +173,7 @@ class Scorer(nn.Module):
 
     def _shared(self, batch: RaggedBatch) -> Tensor:
         """Hidden states (scored, hidden) of one row of prompt trees."""
-        plan = AttentionPlan(batch.trees, batch.input_ids.device)
+        plan = AttentionPlan(batch.trees, batch.input_ids.device, backend=self.backend)
         output = self._decoder()(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefopt.attention import attention
+from prefopt.attention import Backend, attention
+from prefopt.attention.choice import backends
 from prefopt.batching import RaggedBatch, make_batch
 from prefopt.data.groups import GroupDataset, PromptGroup
 from prefopt.errors import ModelError, Problem
-from prefopt.forward import TOLERANCE, Layout, Scorer, compute_dtype, plain_attention
+from prefopt.forward import TOLERANCE, Layout, Scorer, autocast, compute_dtype, plain_attention
 from prefopt.recipe import Recipe
 from prefopt_losses.logps import token_logps_from_logits
 
@@ -45,11 +46,19 @@ class LayoutChoice:
     max_difference: float
     """Nats, of the layout taken, against the model's plain logits."""
     reason: str
+    backend: Backend = "sdpa"
+    """What computes the attention of shared prompts."""
 
 
 @torch.no_grad()
 def choose_layout(
-    scorer: Scorer, group: PromptGroup, *, wanted: str = "auto", dtype: torch.dtype = torch.float32
+    scorer: Scorer,
+    group: PromptGroup,
+    *,
+    wanted: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    precision: str = "fp32",
 ) -> LayoutChoice:
     """Compare the layouts with the model's plain logits on a row of two groups and set the scorer's layout.
 
@@ -59,6 +68,8 @@ def choose_layout(
             is made of it.
         wanted: ``auto`` falls back to unshared when shared disagrees; ``shared`` refuses instead.
         dtype: compute dtype, which sets the tolerance.
+        backend: what computes the attention of shared prompts; ``auto`` tries what the device has, one after another.
+        precision: of the run, in which back ends for 16 bit are compared.
 
     Raises:
         ModelError: no layout agrees with the model's own logits, or the wanted one does not.
@@ -80,9 +91,17 @@ def choose_layout(
     reason = "as model.attention or dropout asks"
     try:
         if wanted != "unshared":
-            difference, reason = _shared_difference(scorer, batch, expected)
-            if difference <= limit:
-                return LayoutChoice("shared", difference, "agrees with the model's plain logits")
+            able, reasons = backends(model, _multiplied_in(dtype, precision), wanted=backend)
+            _refuse_missing_backend(backend, able, reasons)
+            passed_over = ""
+            for name in able:
+                run = precision if name == "varlen" else "fp32"
+                allowed = TOLERANCE[_multiplied_in(dtype, run)] * tokens**0.5
+                difference, reason = _shared_difference(scorer, batch, expected, name, run)
+                if difference <= allowed:
+                    agrees = f"agrees with the model's plain logits{passed_over}"
+                    return LayoutChoice("shared", difference, agrees, name)
+                passed_over += f"; {name} was not taken: {reason}"
             if wanted == "shared":
                 raise ModelError(
                     Problem("model.attention", "shared prompts to give the model's own log-probs", reason,
@@ -110,11 +129,27 @@ def _other_way_round(group: PromptGroup) -> PromptGroup:
     return PromptGroup(np.ascontiguousarray(group.prompt[::-1]), completions, ())
 
 
-def _shared_difference(scorer: Scorer, batch: RaggedBatch, expected: Tensor) -> tuple[float, str]:
+def _multiplied_in(held_in: torch.dtype, precision: str) -> torch.dtype:
+    """Return the dtype of products, with weights held in one and a precision of the run."""
+    return compute_dtype(precision) if held_in == torch.float32 else held_in
+
+
+def _refuse_missing_backend(wanted: str, able: list[Backend], reasons: dict[str, str]) -> None:
+    if not able:
+        raise ModelError(
+            Problem("model.attention_backend", "a back end that this device, dtype and model can use",
+                    f"{wanted}: {reasons[wanted]}", "model.attention_backend=auto takes the fastest that can be used")
+        )  # fmt: skip
+
+
+def _shared_difference(
+    scorer: Scorer, batch: RaggedBatch, expected: Tensor, backend: Backend, precision: str
+) -> tuple[float, str]:
     """Largest difference of the shared layout, infinite where it cannot run, with the reason in words."""
-    scorer.set_layout("shared")
+    scorer.set_layout("shared", backend)
     try:
-        difference = float((scorer(batch).sums - expected).abs().max())
+        with autocast(batch.input_ids.device, precision):
+            difference = float((scorer(batch).sums - expected).abs().max())
     except (KeyError, TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         return float("inf"), f"shared prompts do not run here ({type(error).__name__}: {error})"
     layers = getattr(scorer.language_model.config.get_text_config(), "num_hidden_layers", None)
@@ -137,7 +172,8 @@ def settle_layout(scorer: Scorer, recipe: Recipe, probe: PromptGroup) -> LayoutC
     dtype = held_in if held_in in (torch.float16, torch.bfloat16) else compute_dtype("fp32")
     if getattr(scorer.language_model, "is_quantized", False):
         dtype = compute_dtype(recipe.train.precision)
-    return choose_layout(scorer, probe, wanted=wanted, dtype=dtype)
+    chosen = recipe.model.attention_backend
+    return choose_layout(scorer, probe, wanted=wanted, dtype=dtype, backend=chosen, precision=recipe.train.precision)
 
 
 def probe_group(dataset: GroupDataset) -> PromptGroup:

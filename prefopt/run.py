@@ -126,6 +126,7 @@ def make_accelerator() -> Accelerator:
     # Other processes wait while the first one tokenizes and scores the reference: hours for a large model.
     patient = InitProcessGroupKwargs(timeout=timedelta(days=7))
     accelerator = Accelerator(mixed_precision="no", gradient_accumulation_plugin=single, kwargs_handlers=[patient])
+    _refuse_context_parallelism(accelerator)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise RecipeError(
@@ -134,6 +135,18 @@ def make_accelerator() -> Accelerator:
                     "on a CPU, launch with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m prefopt train ...")
         )  # fmt: skip
     return accelerator
+
+
+def _refuse_context_parallelism(accelerator: Accelerator) -> None:
+    """Raise RecipeError where rows would be cut over processes: accelerate drops every mask then."""
+    config = getattr(accelerator, "parallelism_config", None)
+    size = max((getattr(config, name, None) or 1) for name in ("cp_size", "sp_size"))
+    if size > 1:
+        raise RecipeError(
+            Problem("processes", "whole rows in every process: context parallelism replaces all masks by plain "
+                    "causality, and completions of one prompt would read each other", f"{size} processes for a row",
+                    "take context and sequence parallelism out of accelerate's parallelism_config; shard data instead")
+        )  # fmt: skip
 
 
 def claim_together(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
@@ -180,7 +193,7 @@ def set_up(
     reference.use_policy(policy.scorer)
     evaluator = make_evaluator(prepared, reference, token_budget=budget)
     module, optimizer = accelerator.prepare(policy.scorer, optimizer)
-    resolved |= {"layout": policy.layout.layout}
+    resolved |= {"layout": policy.layout.layout, "attention": policy.layout.backend}
     tracker = None
     if accelerator.is_main_process:
         tracker = Tracker(folder.path, recipe, resumed_at=state.step if newest else -1, resolved=resolved)

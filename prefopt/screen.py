@@ -97,9 +97,11 @@ class Screen:
     def plan(self, policy: Policy, resolved: Mapping[str, Any], total: int, start: int, precision: str) -> None:
         """Say what is trained and how."""
         share = "" if policy.trainable == policy.total else f" of {policy.total / 1e6:,.1f} M"
+        chosen = policy.layout
+        backend = f" by {chosen.backend}" if chosen.layout == "shared" else ""
         self.named(
             "policy",
-            f"{policy.trainable / 1e6:,.2f} M{share} parameters train; layout {policy.layout.layout} "
+            f"{policy.trainable / 1e6:,.2f} M{share} parameters train; layout {policy.layout.layout}{backend} "
             f"({policy.layout.reason}, {policy.layout.max_difference:.1g} nats apart)",
         )
         checkpointing = ", activations recomputed" if resolved.get("gradient_checkpointing") else ""

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from prefopt.data.groups import GroupDataset, PromptGroup
 from prefopt.errors import CacheError, Problem
-from prefopt.forward import Layout, Scorer
+from prefopt.forward import Scorer, Settled
 from prefopt.layout import probe_group, settle_layout
 from prefopt.memory import free_models
 from prefopt.models import ModelSource, default_device, load_model
@@ -136,25 +136,27 @@ def _lazy_scorer(source: ModelSource, recipe: Recipe, dataset: GroupDataset) -> 
         free_models()
 
 
-def load_reference(source: ModelSource, recipe: Recipe, probe: PromptGroup, *, layout: Layout | None = None) -> Scorer:
+def load_reference(
+    source: ModelSource, recipe: Recipe, probe: PromptGroup, *, settled: Settled | None = None
+) -> Scorer:
     """Load the reference, frozen and in eval mode, in the layout that agrees with its plain logits.
 
-    ``layout`` is one that an earlier load settled on; without it the comparison is made.
+    ``settled`` is what an earlier load came to; without it the comparison is made.
     """
     scorer = Scorer(load_model(source).requires_grad_(False)).eval()
-    if layout is None:
+    if settled is None:
         settle_layout(scorer, recipe, probe)
     else:
-        scorer.set_layout(layout)
+        scorer.set_layout(*settled)
     return scorer
 
 
 @contextmanager
 def reference_in_memory(
-    source: ModelSource, recipe: Recipe, probe: PromptGroup, *, layout: Layout | None = None
+    source: ModelSource, recipe: Recipe, probe: PromptGroup, *, settled: Settled | None = None
 ) -> Iterator[Scorer]:
     """Hold the reference in memory for as long as the context lasts."""
-    scorer = load_reference(source, recipe, probe, layout=layout)
+    scorer = load_reference(source, recipe, probe, settled=settled)
     try:
         yield scorer
     finally:

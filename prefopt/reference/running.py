@@ -15,7 +15,7 @@ from prefopt.adapters import FROZEN, MOVING, forget, keep_initial, pairs
 from prefopt.batching import RaggedBatch
 from prefopt.data.groups import GroupDataset
 from prefopt.feed import Feed, Partners
-from prefopt.forward import CompletionLogProbs, Layout, ReferenceLogps, Scorer
+from prefopt.forward import CompletionLogProbs, ReferenceLogps, Scorer, Settled
 from prefopt.layout import probe_group
 from prefopt.memory import free_models
 from prefopt.models import ModelSource
@@ -44,7 +44,7 @@ class RunReference:
     certificate: Certificate | None = None
     """What is known of a quantized reference's error."""
     _policy: Scorer | None = None
-    _layout: Layout | None = None
+    _settled: Settled | None = None
 
     @property
     def is_policys_base(self) -> bool:
@@ -155,8 +155,8 @@ class RunReference:
                 yield scorer
         else:
             probe = probe_group(self.prepared.data.train)
-            with reference_in_memory(self.source, recipe, probe, layout=self._layout) as scorer:
-                self._layout = scorer.layout
+            with reference_in_memory(self.source, recipe, probe, settled=self._settled) as scorer:
+                self._settled = scorer.layout, scorer.backend
                 yield scorer
 
 

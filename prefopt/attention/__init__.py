@@ -1,0 +1,13 @@
+"""Attention over prompt trees: one function registered with transformers, with a back end per device.
+
+    sdpa      one call of torch's scaled dot product per segment: CPUs, and what every other back end falls back to
+    varlen    keys and values gathered, then one variable-length flash call for the whole row: accelerators, 16 bit
+    flex      FlexAttention over the whole row with a block mask: accelerators, where flash lacks soft-caps or sinks
+
+`prefopt.layout` holds every back end against the model's plain logits before it is used.
+"""
+
+from prefopt.attention.plan import AttentionPlan, Backend
+from prefopt.attention.registered import ARGUMENT, NAME, attention, tree_attention
+
+__all__ = ["ARGUMENT", "NAME", "AttentionPlan", "Backend", "attention", "tree_attention"]

@@ -1,0 +1,206 @@
+"""Every back end of the attention over prompt trees computes what the model computes of each completion alone."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from tiny import group, tiny_model
+
+from prefopt.attention import AttentionPlan
+from prefopt.attention.choice import backends
+from prefopt.attention.varlen import gathered_attention, torch_flash
+from prefopt.batching import make_batch
+from prefopt.errors import ModelError, RecipeError
+from prefopt.forward import Scorer
+from prefopt.layout import choose_layout, plain_logps
+from prefopt.run import _refuse_context_parallelism
+
+GROUPS = [
+    group(11, [9, 5], seed=1),
+    group(1, [1, 6, 3], seed=2),
+    group(5, [12], seed=3),
+    group(8, [1, 1, 7, 4], seed=4),
+]
+CPU = torch.device("cpu")
+# Without a soft-cap or sinks, which torch's flash kernel does not know.
+FLASH = ["llama", "qwen3", "mistral", "gemma3_text", "cohere2", "phi3", "mixtral", "gpt2", "gpt_neox"]
+FLEX = [*FLASH, "gemma2"]
+
+
+def flash_by_hand(queries, keys, values, query_starts, key_starts, most_queries, most_keys, *, scale, window):
+    """Flash attention as its documentation describes it: per segment, lower-right causal, `window` keys back."""
+    assert query_starts.dtype == key_starts.dtype == torch.int32
+    assert most_queries == int(query_starts.diff().max())
+    assert most_keys == int(key_starts.diff().max())
+    times = queries.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(times, 1), values.repeat_interleave(times, 1)
+    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    parts = []
+    for number in range(len(query_starts) - 1):
+        q = queries[query_starts[number] : query_starts[number + 1]]
+        k = keys[key_starts[number] : key_starts[number + 1]]
+        v = values[key_starts[number] : key_starts[number + 1]]
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        before = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))[None]
+        hidden = (before < 0) | (before > window if window >= 0 else torch.zeros_like(before, dtype=torch.bool))
+        parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
+    return torch.cat(parts)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """Let the variable-length back end run here, on the flash attention above."""
+    monkeypatch.setattr("prefopt.attention.registered.DTYPES", (torch.float32,))
+    monkeypatch.setattr("prefopt.attention.varlen.torch_flash", lambda: flash_by_hand)
+
+
+def scores_and_gradients(model, backend):
+    scorer = Scorer(model)
+    scorer.set_layout("shared", backend)
+    sums = scorer(make_batch(GROUPS)).sums
+    weights = torch.linspace(-1, 1, len(sums))
+    named = dict(model.named_parameters())
+    return sums.detach(), dict(zip(named, torch.autograd.grad((sums * weights).sum(), list(named.values()))))
+
+
+@pytest.mark.parametrize("name", FLASH)
+def test_one_variable_length_call_gives_log_probs_and_gradients_of_segments(flash, name):
+    model = tiny_model(name)
+    expected, slopes = scores_and_gradients(model, "sdpa")
+    found, gradients = scores_and_gradients(model, "varlen")
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(found, torch.cat([plain_logps(model, one) for one in GROUPS]), rtol=0, atol=2e-4)
+    for parameter, slope in slopes.items():
+        scale = max(float(slope.abs().max()), 1)
+        torch.testing.assert_close(gradients[parameter], slope, rtol=0, atol=2e-5 * scale, msg=parameter)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", FLEX)
+def test_a_block_mask_gives_the_log_probs_of_segments(name):
+    model = tiny_model(name)
+    scorer = Scorer(model)
+    expected = torch.cat([plain_logps(model, one) for one in GROUPS])
+    scorer.set_layout("shared", "flex")
+    with torch.no_grad():
+        torch.testing.assert_close(scorer(make_batch(GROUPS)).sums, expected, rtol=0, atol=2e-4)
+
+
+def flex_by_hand(query, key, value, *, score_mod, block_mask, scale, enable_gqa, return_aux):
+    """FlexAttention as its documentation describes it, with a gradient and the log-sum-exp on a CPU too."""
+    times = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if score_mod is not None:
+        scores = score_mod(scores, None, None, None, None)
+    rows = torch.arange(query.shape[2])
+    scores = scores.masked_fill(~block_mask.mask_mod(None, None, rows[:, None], rows[None]), -torch.inf)
+    return scores.softmax(-1) @ value, SimpleNamespace(lse=scores.logsumexp(-1))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_block_masks_soft_caps_and_sinks_give_log_probs_and_gradients_of_segments(monkeypatch, name):
+    monkeypatch.setattr("prefopt.attention.flex._flex", lambda compiled: flex_by_hand)
+    model = tiny_model(name)
+    expected, slopes = scores_and_gradients(model, "sdpa")
+    found, gradients = scores_and_gradients(model, "flex")
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+    for parameter, slope in slopes.items():
+        scale = max(float(slope.abs().max()), 1)
+        torch.testing.assert_close(gradients[parameter], slope, rtol=0, atol=2e-5 * scale, msg=parameter)
+
+
+def test_the_keys_of_a_completion_are_its_prompt_and_itself():
+    plan = AttentionPlan(make_batch([group(3, [4, 3, 1]), group(2, [2])]).trees, CPU)
+    segments = plan.gathered  # rows: prompt 0-2, completions 3-5, 6-7, none; prompt 8-9, completion 10
+    assert segments.keys.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 6, 7, 8, 9, 10]
+    assert segments.query_starts.tolist() == [0, 6, 8, 11]
+    assert segments.key_starts.tolist() == [0, 6, 11, 14]
+    assert (segments.most_queries, segments.most_keys) == (6, 6)
+
+
+def test_what_a_plan_makes_it_makes_once_for_all_layers(flash):
+    made = []
+    model = tiny_model("llama", num_hidden_layers=3)
+    scorer = Scorer(model)
+    scorer.set_layout("shared", "varlen")
+    original = AttentionPlan._moved
+    with mock.patch.object(AttentionPlan, "_moved", lambda plan, each: made.append(each) or original(plan, each)):
+        scorer(make_batch(GROUPS))
+    assert len(made) == 3
+    assert scorer.attention_calls == 3
+
+
+def test_a_back_end_that_is_wrong_is_passed_over_and_the_run_says_so(flash, monkeypatch):
+    def upper_left(queries, *given, window, **named):
+        return flash_by_hand(queries, *given, window=0, **named)  # sees nothing but itself
+
+    monkeypatch.setattr("prefopt.attention.varlen.torch_flash", lambda: upper_left)
+    monkeypatch.setattr("prefopt.layout.backends", lambda *_, **__: (["varlen", "sdpa"], {}))
+    choice = choose_layout(Scorer(tiny_model("llama")), GROUPS[0])
+    assert (choice.layout, choice.backend) == ("shared", "sdpa")
+    assert "varlen was not taken: shared prompts differ by" in choice.reason
+
+
+def test_a_right_back_end_is_taken(flash, monkeypatch):
+    monkeypatch.setattr("prefopt.layout.backends", lambda *_, **__: (["varlen", "sdpa"], {}))
+    scorer = Scorer(tiny_model("llama"))
+    assert choose_layout(scorer, GROUPS[0]).backend == scorer.backend == "varlen"
+
+
+def test_a_cpu_has_one_back_end_and_says_why_it_has_no_other():
+    able, reasons = backends(tiny_model("llama"), torch.bfloat16)
+    assert able == ["sdpa"]
+    assert set(reasons) == {"varlen", "flex"}
+    with pytest.raises(ModelError, match=r"model\.attention_backend"):
+        choose_layout(Scorer(tiny_model("llama")), GROUPS[0], backend="varlen")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [
+        ("llama", torch.bfloat16, ["varlen", "flex", "sdpa"]),
+        ("llama", torch.float32, ["flex", "sdpa"]),
+        ("gemma2", torch.bfloat16, ["flex", "sdpa"]),
+        ("gpt_oss", torch.bfloat16, ["flex", "sdpa"]),
+        ("mistral", torch.float16, ["varlen", "flex", "sdpa"]),
+    ],
+)
+def test_an_accelerator_tries_what_the_model_can_use(name, dtype, expected):
+    model = SimpleNamespace(device=torch.device("cuda"), config=tiny_model(name).config)
+    assert backends(model, dtype)[0] == expected
+
+
+def test_torchs_kernel_has_the_arguments_that_are_given_to_it():
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = list(inspect.signature(varlen_attn).parameters)
+    assert known[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert "scale" in known
+    assert "window_size" in known or "is_causal" in known
+    assert callable(torch_flash())
+
+
+def test_context_parallelism_is_refused_with_the_reason():
+    with pytest.raises(RecipeError, match="replaces all masks"):
+        _refuse_context_parallelism(SimpleNamespace(parallelism_config=SimpleNamespace(cp_size=2, sp_size=1)))
+    _refuse_context_parallelism(SimpleNamespace(parallelism_config=None))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+def test_flash_attention_on_the_device_is_the_one_by_hand():
+    trees, device = make_batch(GROUPS).trees, torch.device("cuda")
+    rows = sum(AttentionPlan(trees, CPU).sizes)
+    given = [torch.randn(1, heads, rows, 64, dtype=torch.bfloat16) for heads in (4, 2, 2)]
+    for window in (None, 7):
+        expected = gathered_attention(
+            AttentionPlan(trees, CPU), *(each.float() for each in given), scaling=None, window=window,
+            flash=flash_by_hand,
+        )  # fmt: skip
+        moved = [each.to(device) for each in given]
+        found = gathered_attention(AttentionPlan(trees, device), *moved, scaling=None, window=window)
+        torch.testing.assert_close(found.float().cpu(), expected, rtol=0, atol=0.03)
