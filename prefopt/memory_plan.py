@@ -24,6 +24,12 @@ from prefopt_losses.head import CPU_TILE_BYTES, DEVICE_TILE_BYTES
 
 MOST = {"cpu": 8192, "cuda": 65536}
 """Tokens beyond which a larger micro-batch is no faster: matrix products are at full speed long before."""
+MOST_OF_ADAPTER = {"cpu": 512, "cuda": 65536}
+"""The same where the base is frozen: what a further micro-batch costs is its sum of gradients, which is small then.
+
+A step of four pairs of 512 tokens, a 29 M model, two cores, fp32: with LoRA 2.08 and 1.86 s and 1.24 GiB in four
+micro-batches, 2.05 and 1.81 s and 2.33 GiB in one; trained whole 2.28 and 2.35 s, and 1.89 and 1.94 s.
+"""
 ENOUGH = {"cpu": 512, "cuda": 4096}
 """Tokens below which a device idles between kernels: activations are recomputed before a budget falls under it."""
 SHARE = {"cpu": 0.6, "cuda": 0.9}
@@ -188,7 +194,7 @@ def plan_memory(
     recomputed = kept < enough if asked == "auto" else asked
     fitting = again if recomputed else kept
     if wanted == "auto":
-        budget, why = _budget(fitting, rows, own, device, processes)
+        budget, why = _budget(fitting, rows, own, device, processes, adapter=recipe.adapter is not None)
     else:
         budget, why = wanted, "as train.token_budget says"
     held = demand.per_token_recomputed if recomputed else demand.per_token
@@ -199,12 +205,13 @@ def plan_memory(
     return MemoryPlan(budget, recomputed, reason, fits=fitting >= max(rows.longest, min(budget, own)))
 
 
-def _budget(fitting: int, rows: Rows, own: int, device: str, processes: int) -> tuple[int, str]:
+def _budget(fitting: int, rows: Rows, own: int, device: str, processes: int, *, adapter: bool) -> tuple[int, str]:
     """Return the most tokens that fit and are of use, and which of both decided.
 
     A step smaller than the budget of a single process lowers nothing: held-out data are cut by the same budget.
     """
-    useful, why = MOST.get(device, MOST["cuda"]), "what fills the device"
+    most = MOST_OF_ADAPTER if adapter else MOST
+    useful, why = most.get(device, most["cuda"]), "what fills the device"
     if processes > 1 and own < useful:
         useful, why = own, "a process's part of a step"
     if fitting < useful:

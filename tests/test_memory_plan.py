@@ -62,6 +62,15 @@ def test_more_than_fills_the_device_is_of_no_use(recipe):
         assert "fills the device" in plan.reason
 
 
+def test_an_adapter_on_a_cpu_gets_small_micro_batches(tmp_path):
+    """They cost it no time there, for it has few gradients to sum, and halve its memory."""
+    recipe, rows = make_recipe(tmp_path, adapter={"rank": 4}), Rows(longest=300, step=9000)
+    for device, most in (("cpu", 512), ("cuda", 65536)):
+        tiny = replace(LORA_8B, per_token=1000.0, per_token_recomputed=100.0, head=0)
+        plan = plan_memory(recipe, tiny, rows, free=70 * GIB, device=device)
+        assert plan.token_budget == most
+
+
 def test_a_step_that_fits_whole_is_not_recomputed_for_a_larger_budget(recipe):
     room = LORA_8B.fixed + 1000 * LORA_8B.per_token
     small = planned(recipe(), room / 0.9 + 1, rows=Rows(longest=300, step=900))
