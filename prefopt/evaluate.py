@@ -18,6 +18,7 @@ from prefopt.data.groups import PromptGroup
 from prefopt.errors import Problem, RecipeError
 from prefopt.feed import Feed
 from prefopt.forward import Scorer, score
+from prefopt.held_out import HeldOut, held_out_rows
 from prefopt.objective import (
     MetricSums,
     Record,
@@ -81,9 +82,11 @@ def measure(
     policy: Scorer,
     reference_wrote: Sequence[Sample],
     loss_state: Mapping[str, Tensor] | None = None,
+    *,
+    rows: list[HeldOut] | None = None,
 ) -> tuple[dict[str, Any], list[Sample]]:
-    """Everything that is measured of a policy on held-out data, and what it wrote for it."""
-    measures = evaluate_comparisons(evaluator, policy, loss_state)
+    """Everything that is measured of a policy on held-out data, and what it wrote for it; `rows` takes each comparison."""
+    measures = evaluate_comparisons(evaluator, policy, loss_state, rows=rows)
     if not evaluator.prompts:
         return measures, []
     samples = write_samples(evaluator, policy)
@@ -95,7 +98,11 @@ def measure(
 
 
 def evaluate_comparisons(
-    evaluator: Evaluator, policy: Scorer, loss_state: Mapping[str, Tensor] | None = None
+    evaluator: Evaluator,
+    policy: Scorer,
+    loss_state: Mapping[str, Tensor] | None = None,
+    *,
+    rows: list[HeldOut] | None = None,
 ) -> dict[str, Any]:
     """Loss, accuracy, margin and drift of the policy on the held-out comparisons.
 
@@ -111,9 +118,13 @@ def evaluate_comparisons(
     loss, comparisons = evaluator.loss, 0
     sums = MetricSums(next(policy.parameters()).device)
     waiting: list[Record] = []
-    for scored, plan in evaluator.feed.evaluated(policy, evaluator.token_budget):
+    if rows is not None:
+        rows.clear()
+    for scored, plan, micro in evaluator.feed.evaluated(policy, evaluator.token_budget):
         record = loss_record(loss.needs, scored, StepFacts(plan.tokens_per_example, loss_state or None))
         comparisons = plan.comparisons
+        if rows is not None and not scored.batch.unpaired:
+            rows += held_out_rows(loss, evaluator.feed.dataset, scored, micro)
         if loss.needs.batch:
             waiting.append(record)
         else:

@@ -100,8 +100,8 @@ class Feed:
             policy = module(batch, relative=self.needs.relative, against=against)
         return Scored(batch, policy, reference, mismatched)
 
-    def evaluated(self, scorer: Scorer, token_budget: int) -> Iterator[tuple[Scored, Step]]:
-        """Compute everything in eval mode, without gradient, each micro-batch with the plan of all."""
+    def evaluated(self, scorer: Scorer, token_budget: int) -> Iterator[tuple[Scored, Step, Sequence[Slice]]]:
+        """Compute everything in eval mode, without gradient, each micro-batch with the plan of all and its own part."""
         device = next(scorer.parameters()).device
         # Both sides are computed for the metrics, also where the loss reads only one.
         everything = every_comparison(self.dataset)
@@ -109,7 +109,7 @@ class Feed:
         with evaluating(scorer):
             batches = self.batches(plan.micro_batches, device, both_sides=True)
             for micro, batch in zip(plan.micro_batches, batches):
-                yield self.scored(scorer, micro, batch), plan
+                yield self.scored(scorer, micro, batch), plan, micro
                 trim(device)
 
     @torch.no_grad()

@@ -13,6 +13,8 @@ from prefopt.card import model_card
 from prefopt.errors import ModelError, Problem
 from prefopt.export import merge_adapter
 from prefopt.forward import Scorer, plain_attention
+from prefopt.held_out import FILE as HELD_OUT
+from prefopt.held_out import write_held_out
 from prefopt.models import mend_generation_settings, quiet_transformers
 from prefopt.reference.certificate_table import sentence
 from prefopt.run import Run
@@ -34,6 +36,8 @@ def finish_run(run: Run, *, step_zero: dict[str, Any] | None, peak_memory: int) 
     if run.accelerator.is_main_process:
         save_model(run, result)
         write_lines(run.folder / SAMPLES, _side_by_side(run))
+        if run.held_out:
+            write_held_out(run.folder / HELD_OUT, run.held_out)
         write_json(run.folder / RESULT, result)
     run.accelerator.wait_for_everyone()
     run.screen.finished(run.folder, result, run.samples, run.reference_samples, run.recipe.eval.show)
@@ -124,6 +128,8 @@ def _side_by_side(run: Run) -> list[dict[str, Any]]:
             "reference": before.completion,
             "policy": after.completion,
             "gold_reward": {"reference": before.gold_reward, "policy": after.gold_reward},
+            "tokens": {"reference": before.tokens, "policy": after.tokens},
+            "finished": {"reference": before.finished, "policy": after.finished},
         }
         for before, after in zip(run.reference_samples, run.samples)
     ]

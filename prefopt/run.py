@@ -23,6 +23,7 @@ from prefopt.errors import Problem, RecipeError
 from prefopt.evaluate import Evaluator, make_evaluator
 from prefopt.feed import Feed
 from prefopt.forward import Scorer
+from prefopt.held_out import HeldOut
 from prefopt.layout import probe_group
 from prefopt.memory import free_memory
 from prefopt.memory_plan import MemoryPlan, demand_of, plan_memory, rows_of, weights_bytes
@@ -79,6 +80,8 @@ class Run:
     finite: torch.Tensor = field(default_factory=lambda: torch.tensor(True))
     """Whether every gradient so far was finite; on the device."""
     evaluation: dict[str, Any] = field(default_factory=dict)
+    held_out: list[HeldOut] = field(default_factory=list)
+    """Each held-out comparison, as last measured."""
     samples: list[Sample] = field(default_factory=list)
     reference_samples: list[Sample] = field(default_factory=list)
     _carried: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -206,7 +206,9 @@ def _evaluate(run: Run) -> bool:
         return False
     carried = run.loss_state if run.state.step else None  # before the first step nothing has been seen of the data
     try:
-        run.evaluation, run.samples = measure(run.evaluator, run.scorer, run.reference_samples, carried)
+        run.evaluation, run.samples = measure(
+            run.evaluator, run.scorer, run.reference_samples, carried, rows=run.held_out
+        )
     except LossError as error:
         raise not_finite(run, f"{error} (on held-out data)") from error
     if run.tracker is not None:

@@ -27,7 +27,7 @@ FLOORS = [
     ["feed", "step_record"],
     ["reference"],
     ["invariant", "policy", "run_folder", "card", "checkpoint", "export"],
-    ["sampling", "screen", "tracking"],
+    ["held_out", "sampling", "screen", "tracking"],
     ["evaluate"],
     ["run"],
     ["gradients"],

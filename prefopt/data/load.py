@@ -39,7 +39,7 @@ def load_data(settings: DataSettings, tokenizer: Any, *, seed: int, quiet: bool 
     Args:
         settings: the section `data` of a recipe.
         tokenizer: a transformers tokenizer.
-        seed: decides which rows a weight below 1 takes and which prompts are held out.
+        seed: decides which rows a weight below 1 takes; which prompts are held out, `data.held_out_seed` does.
         quiet: no progress bars.
 
     Returns:
@@ -64,11 +64,11 @@ def load_data(settings: DataSettings, tokenizer: Any, *, seed: int, quiet: bool 
     _refuse_unknown_text(unknown, tokenizer)
     if held:
         held_known = token_rows([each.table for each in held])
-        held_rows = _weighted(held, held_known, seed)
+        held_rows = _weighted(held, held_known, settings.held_out_seed)
         _refuse_empty("data.eval", held, held_rows, settings)
         eval_set = _dataset(held, held_known, held_rows, paired, by_prompt=True)
     elif settings.eval_fraction > 0:
-        is_held = _held_out(known.prompt_hashes[rows], settings.eval_fraction, seed)
+        is_held = _held_out(known.prompt_hashes[rows], settings.eval_fraction, settings.held_out_seed)
         eval_set = _dataset(train, known, rows[is_held], paired, by_prompt=True)
         rows = rows[~is_held]
     else:

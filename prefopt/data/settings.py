@@ -45,6 +45,10 @@ class DataSettings(Protocol):
         """Share of the prompts of `train` that is held out where `eval` is absent."""
 
     @property
+    def held_out_seed(self) -> int:
+        """Decides which prompts are held out."""
+
+    @property
     def max_length(self) -> int:
         """Longest prompt plus completion, in tokens."""
 

@@ -37,6 +37,7 @@ class Settings:
     train: Any
     eval: Any = None
     eval_fraction: float = 0.0
+    held_out_seed: int = 0
     max_length: int = 256
     columns: dict[str, str] = field(default_factory=dict)
     group_by_prompt: bool = False

@@ -198,7 +198,7 @@ def test_the_cut_does_not_tear_a_prompt_apart(load, plain):
 
 def test_the_held_out_prompts_follow_seed_and_content_not_order(load, plain):
     rows = repeated(20)
-    held = [set(prompts(load(r, eval_fraction=0.3, seed=s).eval, plain)) for r, s in
+    held = [set(prompts(load(r, eval_fraction=0.3, held_out_seed=s).eval, plain)) for r, s in
             ((rows, 0), (rows[::-1], 0), (rows, 1))]  # fmt: skip
     assert held[0] == held[1] != held[2]
 
