@@ -85,7 +85,7 @@ def measure(
     *,
     rows: list[HeldOut] | None = None,
 ) -> tuple[dict[str, Any], list[Sample]]:
-    """Everything that is measured of a policy on held-out data, and what it wrote for it; `rows` takes each comparison."""
+    """Everything that is measured of a policy on held-out data, and what it wrote; `rows` takes every comparison."""
     measures = evaluate_comparisons(evaluator, policy, loss_state, rows=rows)
     if not evaluator.prompts:
         return measures, []

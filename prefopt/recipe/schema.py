@@ -106,7 +106,7 @@ class DataRecipe(Section):
     eval_fraction: Share = 0.02
     """Share of the prompts of `train` that is held out where `eval` is absent (the sandbox brings its own)."""
     held_out_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Decides which prompts are held out. Apart from `seed`, so that runs of several seeds are measured on the same ones."""
+    """Decides which prompts are held out; apart from `seed`, so that runs of several seeds are measured on the same."""
     max_length: Count = 2048
     """Longest prompt plus completion, in tokens."""
     truncation: Literal["completion", "prompt", "drop"] = "completion"
