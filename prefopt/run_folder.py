@@ -34,7 +34,7 @@ RECIPE, RESULT, SAMPLES = "recipe.yaml", "result.json", "samples.jsonl"
 STEP_ZERO, REFERENCE_SAMPLES = "step_zero.json", "reference_samples.jsonl"
 INPUTS, LOCK = "inputs.json", ".lock"
 
-_FREE_TO_CHANGE = ("tracking.", "checkpoint.", "output", "eval.show", "data.processes")
+FREE_TO_CHANGE = ("tracking.", "checkpoint.", "output", "eval.show", "data.processes")
 """Keys that change nothing of what a run computes: a run may be resumed under others."""
 
 
@@ -172,18 +172,22 @@ def _differences(path: Path, recipe: Recipe, inputs: Mapping[str, str]) -> list[
 
 
 def _differing_keys(path: Path, recipe: Recipe) -> list[str]:
-    """Keys that change a number and have another value in the folder's recipe."""
-    there = _flat(load_recipe(str(path / RECIPE), check_files=False).to_mapping())
-    here = _flat(recipe.to_mapping())
+    return differing_keys(load_recipe(str(path / RECIPE), check_files=False), recipe)
+
+
+def differing_keys(one: Recipe, other: Recipe) -> list[str]:
+    """Return the dotted keys that change a number and have another value in the other recipe."""
+    there, here = flat_keys(one.to_mapping()), flat_keys(other.to_mapping())
     keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-    return [key for key in keys if not key.startswith(_FREE_TO_CHANGE)]
+    return [key for key in keys if not key.startswith(FREE_TO_CHANGE)]
 
 
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_keys(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping by dotted key."""
     flat: dict[str, Any] = {}
     for name, value in mapping.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= flat_keys(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
     return flat

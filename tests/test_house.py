@@ -34,6 +34,8 @@ FLOORS = [
     ["result"],
     ["train"],
     ["evaluate_run", "preflight"],
+    ["report"],
+    ["sweep"],
     ["cli", "integrations", "__main__"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -79,6 +79,66 @@ def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     check_recipe(loaded, console())
 
 
+@app.command(context_settings=TAKES_OVERRIDES)
+def sweep(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", "-n", min=1, help="Runs at a time.", show_default="one per GPU")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of each run.", show_default="cores / processes")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on Ray: local, auto, or the address of a cluster.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="List the runs and what their betas amount to.")] = False,
+    commands: Annotated[bool, typer.Option("--commands", help="Print shell commands for any scheduler.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Do failed runs again.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before a large sweep.")] = False,
+) -> None:
+    """Compare losses: every run of a sweep on equal terms, and a report. Run it again to resume."""
+    import shlex
+    import sys
+
+    from prefopt.cli.printing import console
+    from prefopt.sweep.commands import SweepOptions, preview, show_commands
+    from prefopt.sweep.commands import sweep as run_sweep
+
+    command = shlex.join(["prefopt", "sweep", recipe, *(overrides or ())])
+    if plan:
+        preview(recipe, overrides or (), console())
+    elif commands:
+        show_commands(recipe, overrides or (), command)
+    else:
+        options = SweepOptions(processes, threads, ray, retry, yes, command)
+        outcomes = run_sweep(recipe, overrides or (), options, console())
+        if any(outcome.state != "finished" for outcome in outcomes.values()):
+            sys.exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs or sweeps.", show_default=False)],
+    output: Annotated[Path | None, typer.Option(help="Folder to write to.", show_default="RUN/report")] = None,
+    figures: Annotated[bool, typer.Option(help="Also draw PNG and SVG for papers.")] = True,
+) -> None:
+    """Say which loss to trust: an HTML page, Markdown, figures and tables."""
+    from prefopt.cli.printing import console
+    from prefopt.report.commands import write_report
+    from prefopt.screen import Screen
+
+    paths = [Path(run).expanduser() for run in runs]
+    beside = paths[0] / "report" if len(paths) == 1 else Path("report")
+    written = write_report(paths, output or beside, figures=figures)
+    screen = Screen(console())
+    for number, line in enumerate(written.answer):
+        screen.named("" if number else "answer", line)
+    for number, line in enumerate(written.warnings):
+        screen.named("" if number else "note", line)
+    screen.named("report", str(written.html))
+
+
 @app.command("eval")
 def evaluate(run: RunArgument) -> None:
     """Evaluate a finished run on held-out data."""

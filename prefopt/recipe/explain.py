@@ -84,7 +84,7 @@ def conflicts(error: ValidationError) -> list[Conflict]:
 def _problem(kind: str, path: Path, given: Any) -> Problem:
     where = ".".join(map(str, path)) or "recipe"
     if kind == "extra_forbidden":
-        return _unknown_key(path)
+        return unknown_key(path)
     schema = schema_at(path)
     expected = in_words(schema)
     if kind == "missing":
@@ -111,11 +111,12 @@ def _remedy(where: str, value: Any, named: list[str]) -> str:
     return suggest(value, named)
 
 
-def _unknown_key(path: Path) -> Problem:
+def unknown_key(path: Path) -> Problem:
+    """Say which keys there are where an unknown one stands, and which was meant."""
     *parents, key = map(str, path)
     where = ".".join(map(str, path))
     if where == "sweep":
-        return Problem(where, "one run per recipe", "a sweep", "remove it: sweeps are not in this version")
+        return Problem(where, "one run per recipe", "a sweep of many runs", "run it with prefopt sweep")
     known = keys_of(path[:-1])
     home = {known_path[-1]: ".".join(map(str, known_path)) for known_path in reversed(list(all_keys()))}
     fix = suggest(key, known)

@@ -42,7 +42,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, check_files
     path = find_recipe(name_or_path)
     changes, problems = parse_overrides(overrides)
     try:
-        mapping = _mapping(path)
+        mapping = read_mapping(path)
     except RecipeError as error:
         raise RecipeError([*error.problems, *problems]) from None
     problems += [problem for change in changes if (problem := apply_override(mapping, change))]
@@ -96,7 +96,12 @@ def find_recipe(name_or_path: str) -> Path:
     raise RecipeError(Problem("recipe", expected, given, fix))
 
 
-def _mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return what a recipe's file says, unchecked.
+
+    Raises:
+        RecipeError: it is no YAML mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -1,0 +1,92 @@
+"""The same charts for papers: one PNG and one SVG for each panel."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefopt.report.charts import Chart, Panel, Series
+
+INCHES = (5.5, 3.6)
+DPI = 200
+
+
+def draw_figures(charts: Sequence[Chart], colors: Mapping[str, str], folder: Path) -> list[Path]:
+    """Draw every panel of every chart into a folder; returns the files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for chart in charts:
+        for panel in chart.panels:
+            figure, axes = pyplot.subplots(figsize=INCHES, layout="constrained")
+            _draw(axes, panel, colors)
+            stem = chart.key if len(chart.panels) == 1 else f"{chart.key}-{_word(panel.name)}"
+            for suffix in ("png", "svg"):
+                file = folder / f"{stem}.{suffix}"
+                figure.savefig(file, dpi=DPI, metadata={"Date": None} if suffix == "svg" else None)
+                files.append(file)
+            pyplot.close(figure)
+    return files
+
+
+def _word(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _draw(axes: Any, panel: Panel, colors: Mapping[str, str]) -> None:
+    bars = [series for series in panel.series if series.kind == "bar"]
+    violins = [series for series in panel.series if series.kind == "violin"]
+    for series in panel.series:
+        if series.kind not in ("bar", "violin"):
+            _draw_points(axes, series, colors[series.group])
+    for number, series in enumerate(bars):
+        _draw_bars(axes, series, colors[series.group], number, len(bars))
+    for place, series in enumerate(violins):
+        _draw_violin(axes, series, colors[series.group], place)
+    if violins:
+        axes.set_xticks(range(len(violins)), [series.name for series in violins], rotation=20, ha="right")
+    if panel.log_x:
+        axes.set_xscale("log")
+    axes.set_xlabel(panel.x)
+    axes.set_ylabel(panel.y)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        unique = dict(zip(labels, handles))
+        axes.legend(unique.values(), unique.keys(), fontsize=8, frameon=False, ncols=2 if len(unique) > 6 else 1)
+
+
+def _draw_points(axes: Any, series: Series, color: str) -> None:
+    label = series.name if series.listed else None
+    if series.kind == "interval":
+        value = series.x[0]
+        reach = [[value - series.low[0]], [series.high[0] - value]]
+        axes.errorbar([value], list(series.y), xerr=reach, fmt="o", color=color, capsize=3)
+        return
+    style = "none" if series.kind == "points" else ":" if series.dashed else "-"
+    alpha, width = (0.35, 0.8) if series.faint else (1.0, 1.8)
+    marker = "" if series.faint and series.kind == "line" else "o"
+    axes.plot(list(series.x), list(series.y), linestyle=style, marker=marker, markersize=3, color=color, alpha=alpha,
+              linewidth=width, label=label)  # fmt: skip
+
+
+def _draw_bars(axes: Any, series: Series, color: str, number: int, count: int) -> None:
+    width = 0.8 / count
+    places = [place + (number - (count - 1) / 2) * width for place in range(len(series.x))]
+    axes.bar(places, list(series.y), width, color=color, label=series.name)
+    axes.set_xticks(range(len(series.x)), list(series.x), rotation=20, ha="right")
+
+
+def _draw_violin(axes: Any, series: Series, color: str, place: int) -> None:
+    drawn = axes.violinplot([list(series.y)], positions=[place], showmedians=True, widths=0.8)
+    for body in drawn["bodies"]:
+        body.set_facecolor(color)
+    for part in ("cbars", "cmins", "cmaxes", "cmedians"):
+        drawn[part].set_color(color)

@@ -1,0 +1,67 @@
+"use strict";
+(() => {
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const root = document.documentElement;
+  const shown = {};
+
+  function theme() {
+    const style = getComputedStyle(root);
+    const ink = style.getPropertyValue("--ink").trim(), line = style.getPropertyValue("--line").trim();
+    const axis = { gridcolor: line, linecolor: line, tickcolor: line };
+    return { font: { color: ink, family: "system-ui, sans-serif", size: 12 }, axis };
+  }
+
+  function layoutOf(key) {
+    const figure = figures[key], { font, axis } = theme(), own = figure.panels[shown[key] || 0].layout;
+    const narrow = window.innerWidth < 640;
+    const margin = narrow ? { ...figure.layout.margin, l: 48, r: 8 } : figure.layout.margin;
+    return { ...figure.layout, ...own, font, margin,
+             xaxis: { ...own.xaxis, ...axis }, yaxis: { ...own.yaxis, ...axis } };
+  }
+
+  function draw(place) {
+    const key = place.dataset.key, visible = figures[key].panels[shown[key] || 0].visible;
+    const data = figures[key].data.map((trace, number) => ({ ...trace, visible: visible[number] }));
+    const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+    Plotly.react(place, data, layoutOf(key), options);
+  }
+
+  const places = [...document.querySelectorAll(".chart")];
+  const drawAll = () => places.forEach(draw);
+  drawAll();
+  root.dataset.drawn = places.length;
+
+  document.querySelectorAll(".panels button").forEach((button) => button.addEventListener("click", () => {
+    shown[button.dataset.chart] = Number(button.dataset.panel);
+    button.parentElement.querySelectorAll("button").forEach((each) => each.setAttribute("aria-pressed", each === button));
+    draw(places.find((place) => place.dataset.key === button.dataset.chart));
+  }));
+
+  document.getElementById("theme").addEventListener("click", () => {
+    const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+    root.dataset.theme = dark ? "light" : "dark";
+    drawAll();
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+
+  function compare(one, other) {
+    if (one === "" || other === "") return (one === "") - (other === "") || 0;
+    const a = Number(one), b = Number(other);
+    return Number.isNaN(a) || Number.isNaN(b) ? one.localeCompare(other) : a - b;
+  }
+
+  document.querySelectorAll("table.sortable th button").forEach((button) => button.addEventListener("click", () => {
+    const head = button.parentElement, table = head.closest("table"), column = head.cellIndex;
+    const numeric = table.tBodies[0].rows[0]?.cells[column].classList.contains("number");
+    const now = head.getAttribute("aria-sort");
+    const down = now === "none" ? numeric : now === "ascending";
+    table.querySelectorAll("th").forEach((each) => each.setAttribute("aria-sort", "none"));
+    head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const value = (row) => row.cells[column].dataset.value;
+    const rows = [...table.tBodies[0].rows].sort((a, b) => {
+      const empty = (value(a) === "") - (value(b) === "");
+      return empty || (down ? -1 : 1) * compare(value(a), value(b));
+    });
+    table.tBodies[0].append(...rows);
+  }));
+})();

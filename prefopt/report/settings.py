@@ -1,0 +1,92 @@
+"""Which runs are the same setting under another seed, and which settings stand for one loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefopt.report.records import RunRecord
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Runs that differ in nothing but their seed."""
+
+    name: str
+    """What tells it from the others: `ipo, beta 0.85, learning_rate 0.0001`."""
+    contestant: str
+    """The loss, where losses are compared; else the setting itself."""
+    varied: Mapping[str, Any]
+    """Its values of the keys that vary."""
+    runs: tuple[RunRecord, ...]
+    """By seed."""
+    wanted: int
+    """Seeds that it should have: as many as the setting with most."""
+
+    @property
+    def finished(self) -> tuple[RunRecord, ...]:
+        """Its runs that have a result."""
+        return tuple(run for run in self.runs if run.finished)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every seed finished."""
+        return len(self.finished) == self.wanted
+
+
+def settings_of(records: Sequence[RunRecord]) -> list[Setting]:
+    """Return the settings, in the order in which they first appear."""
+    varied = varied_keys(records)
+    losses = {record.loss.name for record in records}
+    groups: dict[str, list[RunRecord]] = {}
+    for record in records:
+        groups.setdefault(_name(record, varied), []).append(record)
+    wanted = max(len({run.seed for run in runs}) for runs in groups.values())
+    return [
+        Setting(
+            name, runs[0].loss.name if len(losses) > 1 else name,
+            {key: runs[0].keys[key] for key in varied if key in runs[0].keys},
+            tuple(sorted(_one_per_seed(runs), key=lambda run: run.seed)), wanted,
+        )
+        for name, runs in groups.items()
+    ]  # fmt: skip
+
+
+def _one_per_seed(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Leave out a run that was done twice: the finished one stays."""
+    chosen: dict[int, RunRecord] = {}
+    for run in runs:
+        if run.seed not in chosen or not chosen[run.seed].finished:
+            chosen[run.seed] = run
+    return list(chosen.values())
+
+
+def varied_keys(records: Sequence[RunRecord]) -> list[str]:
+    """Return the keys that differ between runs; a hyper-parameter only where it differs within one loss."""
+    every = list(dict.fromkeys(key for record in records for key in record.keys))
+    return [key for key in every if _varies(key, records)]
+
+
+def _varies(key: str, records: Sequence[RunRecord]) -> bool:
+    if not key.startswith("loss."):
+        return len({repr(record.keys.get(key)) for record in records}) > 1
+    seen: dict[str, set[str]] = {}
+    for record in records:
+        seen.setdefault(record.loss.name, set()).add(repr(record.keys.get(key)))
+    return any(len(values) > 1 for values in seen.values())
+
+
+def _name(record: RunRecord, varied: Sequence[str]) -> str:
+    parts = [record.loss.name] if "loss" in varied or not varied else []
+    for key in varied:
+        if key != "loss" and key in record.keys:
+            parts.append(f"{key.rpartition('.')[2]} {shown(record.keys[key])}")
+    return ", ".join(parts)
+
+
+def shown(value: Any) -> str:
+    """Return a value as a table shows it."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,205 @@
+"""`prefopt sweep`: plan, build the reference cache once, do every run, and write the report."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from prefopt.errors import Interrupted, Problem, RecipeError
+from prefopt.screen import Screen
+from prefopt.sweep.caches import cache_builders
+from prefopt.sweep.child import start
+from prefopt.sweep.estimate import ASK_ABOVE, seconds_per_run
+from prefopt.sweep.folder import SweepFolder, cores, unfinished
+from prefopt.sweep.local import Slots, run_locally, visible_gpus
+from prefopt.sweep.outcome import Outcome, outcome_of
+from prefopt.sweep.plan import PlannedRun, SweepPlan, load_sweep
+from prefopt.sweep.screen import SweepScreen, duration, opening, show_plan
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """How a sweep is run; nothing of it changes a result but the threads, which a sweep keeps."""
+
+    processes: int | None = None
+    threads: int | None = None
+    ray: str | None = None
+    """`local`, or the address of a cluster."""
+    retry: bool = False
+    yes: bool = False
+    command: str = ""
+    """What was typed, for the report."""
+
+
+def sweep(recipe: str, overrides: Sequence[str], options: SweepOptions, console: Console) -> dict[str, Outcome]:
+    """Do what is left of a sweep, and report.
+
+    Returns:
+        how each planned run has ended.
+
+    Raises:
+        RecipeError: the sweep cannot be run as it is written.
+        Interrupted: Ctrl-C; what runs has saved its state.
+    """
+    plan = load_sweep(recipe, overrides)
+    _refuse_early_stopping_here(plan, options)
+    folder = SweepFolder(plan.folder)
+    folder.refuse_other_sweep(plan)
+    with folder.held(), _sigterm_is_ctrl_c():
+        slots = _slots(folder, options)
+        folder.write(plan, threads=slots.threads, command=options.command)
+        todo = unfinished(folder, plan.runs, retry=options.retry)
+        opening(console, plan, folder, len(todo), slots.count, slots.threads)
+        if len(todo) > ASK_ABOVE and not options.yes:
+            _confirm(folder, plan, todo, slots, console)
+        if todo:
+            build_caches(folder, todo, slots.threads, console)
+            _do(plan, folder, todo, slots, options, console)
+        outcomes = {run.label: folder.outcome(run.label) or Outcome("interrupted") for run in plan.runs}
+        _conclude(plan, folder, outcomes, console)
+    return outcomes
+
+
+def show_commands(recipe: str, overrides: Sequence[str], command: str) -> None:
+    """Print a sweep as shell commands, for Slurm or any other scheduler; recipes are written, nothing runs."""
+    plan = load_sweep(recipe, overrides)
+    folder = SweepFolder(plan.folder)
+    folder.refuse_other_sweep(plan)
+    with folder.held():
+        threads = int(folder.stored().get("threads") or cores())
+        folder.write(plan, threads=threads, command=command)
+        todo = unfinished(folder, plan.runs, retry=True)
+    print("# first, once: the reference is scored for all runs")
+    for run in cache_builders(todo):
+        print(f"prefopt cache build {shlex.quote(str(folder.recipe(run.label)))}")
+    print("# then each of these, in any order, as many at a time as you like; running one again resumes it")
+    for run in todo:
+        print(f"OMP_NUM_THREADS={threads} prefopt train {shlex.quote(str(folder.recipe(run.label)))}")
+    print("# at the end")
+    print(f"prefopt report {shlex.quote(str(folder.path))}")
+
+
+def preview(recipe: str, overrides: Sequence[str], console: Console) -> None:
+    """Print every run of a sweep and what its beta amounts to; nothing is written."""
+    plan = load_sweep(recipe, overrides)
+    folder = SweepFolder(plan.folder)
+    show_plan(console, plan, {run.label: folder.outcome(run.label) for run in plan.runs})
+
+
+def _refuse_early_stopping_here(plan: SweepPlan, options: SweepOptions) -> None:
+    if plan.axes.early_stopping is not None and options.ray is None:
+        fix = "--ray local, or take early_stopping out: without it every run gets the same budget"
+        given = "early_stopping without --ray"
+        raise RecipeError(Problem("sweep.early_stopping", "Ray Tune, which compares runs as they go", given, fix))
+
+
+def _slots(folder: SweepFolder, options: SweepOptions) -> Slots:
+    """Divide the machine: GPUs in turn, cores evenly; a sweep that has begun keeps its threads, for results do."""
+    gpus = visible_gpus()
+    count = options.processes or max(1, len(gpus))
+    stored = folder.stored().get("threads")
+    if options.threads is not None and stored is not None and options.threads != stored:
+        fix = f"--threads {stored}, or another output=FOLDER: on a CPU results depend on threads"
+        raise RecipeError(Problem("--threads", f"the {stored} threads with which this sweep began",
+                                  str(options.threads), fix))  # fmt: skip
+    return Slots(count, options.threads or stored or max(1, cores() // count), gpus)
+
+
+def _confirm(folder: SweepFolder, plan: SweepPlan, todo: Sequence[PlannedRun], slots: Slots, console: Console) -> None:
+    """Ask before many runs, with the time that they will take.
+
+    Raises:
+        RecipeError: nobody is there to ask.
+        Interrupted: the answer was no.
+    """
+    Screen(console).named("", f"{len(todo):,} runs: watching the first one to say how long they will take")
+    each = seconds_per_run(folder, plan.runs, threads=slots.threads)
+    if each is None:
+        last = folder.outcome(plan.runs[0].label)
+        said = f"how long they take could not be found out ({last.reason if last else 'the first one did not begin'})"
+    else:
+        total = duration(each * len(todo) / slots.count)
+        said = f"about {duration(each)} for one, {total} for all with {slots.count} at a time"
+    if not sys.stdin.isatty():
+        raise RecipeError(Problem("sweep", f"at most {ASK_ABOVE} runs, or --yes", f"{len(todo):,} runs: {said}",
+                                  "--yes to go on, or fewer values; --plan lists the runs"))  # fmt: skip
+    console.print(Text(f"{len(todo):,} runs: {said}. Go on? [y/N] ", style="bold"), end="")
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise Interrupted("nothing more was run; what the first run did is kept")
+
+
+def build_caches(folder: SweepFolder, runs: Sequence[PlannedRun], threads: int, console: Console) -> None:
+    """Score the reference once for all runs, in a process of its own; a failure is said, and runs go on."""
+    for number, run in enumerate(cache_builders(runs)):
+        log = folder.path / "logs" / f"cache{number or ''}.log"
+        child = start(["cache", "build", str(folder.recipe(run.label))], log, threads=threads)
+        try:
+            with console.status("scoring the reference, once for all runs"):
+                code = child.process.wait()
+        except KeyboardInterrupt:
+            child.kill()
+            child.process.wait()
+            raise Interrupted("sweep stopped while the reference was scored; what is scored is kept") from None
+        said = child.written()
+        if code:
+            reason = outcome_of(code, False, said, 0.0).reason
+            Screen(console).line(f"the reference cache could not be built: {reason} ({log})", style="red")
+        else:
+            lines = [line for line in said.splitlines() if "completions needed" in line]
+            Screen(console).named("reference", lines[-1] if lines else "nothing to score")
+
+
+def _do(
+    plan: SweepPlan, folder: SweepFolder, todo: Sequence[PlannedRun], slots: Slots, options: SweepOptions,
+    console: Console,
+) -> None:  # fmt: skip
+    screen = SweepScreen(console, folder, len(todo), slots.count)
+    if options.ray is None:
+        run_locally(folder, todo, slots, screen, sweep=plan.name)
+        return
+    from prefopt.sweep.on_ray import run_on_ray
+
+    run_on_ray(plan, folder, todo, screen, address=options.ray, threads=slots.threads)
+
+
+def _conclude(plan: SweepPlan, folder: SweepFolder, outcomes: dict[str, Outcome], console: Console) -> None:
+    """Say what did not finish and why, and write the report of what did."""
+    screen = Screen(console)
+    finished = [label for label, outcome in outcomes.items() if outcome.state == "finished"]
+    console.print()
+    screen.line(f"{len(finished):,} of {len(plan.runs):,} runs finished", style="bold")
+    for label, outcome in list(outcomes.items())[:10_000]:
+        if outcome.state != "finished":
+            screen.named(outcome.state, f"{label}: {outcome.reason} ({folder.log(label)})")
+    if any(outcome.state == "failed" for outcome in outcomes.values()):
+        screen.line("--retry does failed runs again", style="dim")
+    if not finished:
+        return
+    from prefopt.report.commands import write_report
+
+    written = write_report([folder.path], folder.path / "report")
+    for line in written.answer:
+        screen.named("" if line is not written.answer[0] else "answer", line)
+    screen.named("report", str(written.html))
+
+
+@contextmanager
+def _sigterm_is_ctrl_c() -> Iterator[None]:
+    """Let a scheduler's SIGTERM save the state of every run, as Ctrl-C does."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,160 @@
+"""The folder of a sweep: what was planned, what came of it, and where each run lives.
+
+sweep.json         axes, notes, and every run: label, what it changes, its folder
+recipes/           a whole recipe for each run: prefopt train runs one of them alone
+runs/              an ordinary run folder for each
+logs/              what each process wrote
+status/            how each run ended, and why
+report/            the report and every number of it
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prefopt.errors import Problem, RecipeError
+from prefopt.recipe import load_recipe
+from prefopt.run_folder import RESULT, differing_keys, recipe_text, write_json, write_text
+from prefopt.sweep.outcome import Outcome, read_outcome
+from prefopt.sweep.plan import PlannedRun, SweepPlan
+
+SWEEP = "sweep.json"
+
+
+class SweepFolder:
+    """Paths of a sweep, and what is stored in them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def recipe(self, label: str) -> Path:
+        """Return the recipe file of a run."""
+        return self.path / "recipes" / f"{label}.yaml"
+
+    def run(self, label: str) -> Path:
+        """Return the folder of a run."""
+        return self.path / "runs" / label
+
+    def log(self, label: str) -> Path:
+        """Return the file that takes what a run's process writes."""
+        return self.path / "logs" / f"{label}.log"
+
+    def status(self, label: str) -> Path:
+        """Return the file that says how a run ended."""
+        return self.path / "status" / f"{label}.json"
+
+    def finished(self, label: str) -> bool:
+        """Whether a run has its result."""
+        return read_result(self.run(label)).get("status") == "finished"
+
+    def outcome(self, label: str) -> Outcome | None:
+        """Return how a run ended last; None where it never did."""
+        stored = read_outcome(self.status(label))
+        if self.finished(label):
+            return stored if stored is not None and stored.state == "finished" else Outcome("finished")
+        return None if stored is not None and stored.state == "finished" else stored
+
+    def record(self, label: str, outcome: Outcome) -> None:
+        """Store how a run ended."""
+        write_json(self.status(label), outcome.as_dict())
+
+    def stored(self) -> dict[str, Any]:
+        """Return the content of `sweep.json`; empty where there is none."""
+        try:
+            content = json.loads((self.path / SWEEP).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other sweeps out of the folder; the system lets go when the process ends.
+
+        Raises:
+            RecipeError: another process sweeps here, or the folder cannot be written.
+        """
+        try:
+            for name in ("recipes", "runs", "logs", "status"):
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+            stream = (self.path / ".lock").open("w", encoding="utf-8")
+        except OSError as error:
+            given = f"{self.path}: {error.strerror or error}"
+            raise RecipeError(Problem("output", "a folder that can be written", given, "output=FOLDER")) from error
+        with stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                fix = "wait for it, or choose another output=FOLDER"
+                given = f"{self.path}, where another sweep is at work"
+                raise RecipeError(Problem("output", "a sweep folder of one process", given, fix)) from error
+            except OSError:
+                pass  # a file system without locks
+            yield
+
+    def refuse_other_sweep(self, plan: SweepPlan) -> None:
+        """Raise RecipeError where the folder holds a single run, or runs of these names with other recipes."""
+        if (self.path / "recipe.yaml").exists():
+            given = f"{self.path}, which holds a single run"
+            raise RecipeError(Problem("output", "a folder for a sweep", given, "choose another output=FOLDER"))
+        other: dict[str, list[str]] = {}
+        for run in plan.runs:
+            file = self.recipe(run.label)
+            if file.exists():
+                for key in differing_keys(load_recipe(str(file), check_files=False), run.recipe):
+                    other.setdefault(key, []).append(run.label)
+        if other:
+            keys = ", ".join(sorted(other)[:6])
+            fix = f"choose another output=FOLDER, or remove {self.path}"
+            given = f"{self.path} has runs of these names with other {keys} ({next(iter(other.values()))[0]})"
+            raise RecipeError(Problem("output", "a new folder, or one of the same sweep", given, fix))
+
+    def write(self, plan: SweepPlan, *, threads: int, command: str) -> None:
+        """Write the recipes and `sweep.json`; runs of an earlier, larger or smaller grid stay in it."""
+        for run in plan.runs:
+            if not self.recipe(run.label).exists():
+                write_text(self.recipe(run.label), recipe_text(run.recipe))
+        earlier = self.stored()
+        entries = {entry["label"]: entry for entry in earlier.get("runs", [])}
+        entries |= {run.label: _entry(run) for run in plan.runs}
+        commands = dict.fromkeys([*earlier.get("commands", []), command])
+        content = {
+            "name": plan.name,
+            "commands": list(commands),
+            "threads": threads,
+            "axes": plan.axes.varied(),
+            "match": None if plan.axes.match is None else "kappa",
+            "notes": list(plan.notes),
+            "runs": list(entries.values()),
+        }
+        write_json(self.path / SWEEP, content)
+
+
+def _entry(run: PlannedRun) -> dict[str, Any]:
+    return {"label": run.label, "changes": run.changes, "folder": f"runs/{run.label}"}
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """Return a run's `result.json`; empty where there is none that can be read."""
+    try:
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return result if isinstance(result, dict) else {}
+
+
+def unfinished(folder: SweepFolder, runs: Sequence[PlannedRun], *, retry: bool) -> list[PlannedRun]:
+    """Return the runs that a command has to do: all but those that finished, failed or were stopped for good."""
+    settled = ("finished",) if retry else ("finished", "failed", "stopped")
+    outcomes = {run.label: folder.outcome(run.label) for run in runs}
+    return [run for run in runs if (one := outcomes[run.label]) is None or one.state not in settled]
+
+
+def cores() -> int:
+    """Return the processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

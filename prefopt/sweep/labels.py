@@ -1,0 +1,51 @@
+"""The name of a run in its sweep: what it changes, as one word."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+LONGEST = 120
+"""Characters; file systems allow 255, and the log's ending comes on top."""
+
+
+def labels_of(changes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return one name for each run, all different: the loss, then each key that varies with its value."""
+    short = _short_names({key for each in changes for key in each})
+    names: list[str] = []
+    taken: dict[str, int] = {}
+    for each in changes:
+        name = _cut("-".join(_parts(each, short)) or "run")
+        taken[name] = taken.get(name, 0) + 1
+        names.append(name if taken[name] == 1 else f"{name}-{taken[name]}")
+    return names
+
+
+def _parts(changes: Mapping[str, Any], short: Mapping[str, str]) -> Iterator[str]:
+    ordered = sorted(changes.items(), key=lambda item: (item[0] not in ("loss", "loss.name"), item[0] == "seed"))
+    for key, value in ordered:
+        yield f"{'' if key in ('loss', 'loss.name') else short[key]}{_word(value)}"
+
+
+def _short_names(keys: set[str]) -> dict[str, str]:
+    """Return the last part of each key, or more of it where two would be the same."""
+    lasts = [key.rpartition(".")[2] for key in keys]
+    return {key: last if lasts.count(last) == 1 else key for key in keys for last in [key.rpartition(".")[2]]}
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, Mapping):
+        inner = [f"{'' if key == 'name' else key}{_word(one)}" for key, one in value.items()]
+        return "-".join(inner)
+    if isinstance(value, list | tuple):
+        return "+".join(_word(one) for one in value)
+    text = f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+    return re.sub(r"[^A-Za-z0-9._+-]+", "_", text)
+
+
+def _cut(name: str) -> str:
+    if len(name) <= LONGEST:
+        return name
+    return f"{name[: LONGEST - 9]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
