@@ -54,6 +54,8 @@ class Chart:
     """One figure, with one or more panels between which a reader chooses."""
 
     key: str
+    short: str
+    """Its name where there is little room."""
     title: str
     says: str
     """What is to be seen in it, and how to read it."""
@@ -95,7 +97,7 @@ def _standings(findings: Findings) -> Chart | None:
     )
     title = f"{findings.metric.title[:1].upper()}{findings.metric.title[1:]} of each"
     panel = Panel("all", f"{findings.metric.title} ({findings.metric.unit})", "", series)
-    return Chart("standings", title, says, (panel,))
+    return Chart("standings", "Standings", title, says, (panel,))
 
 
 def _against_kl(settings: Sequence[Setting]) -> Chart | None:
@@ -118,7 +120,7 @@ def _against_kl(settings: Sequence[Setting]) -> Chart | None:
         "Every look at held-out data of every run, joined in the order of training. Up and to the left is better: more "
         "for less distance from the reference. A curve that turns down while KL grows is over-optimised."
     )
-    return Chart("frontier", "Reward and accuracy against KL", says, tuple(panels)) if panels else None
+    return Chart("frontier", "Against KL", "Reward and accuracy against KL", says, tuple(panels)) if panels else None
 
 
 def _first(setting: Setting, settings: Sequence[Setting]) -> bool:
@@ -150,7 +152,9 @@ def _against_beta(findings: Findings, settings: Sequence[Setting]) -> Chart | No
         "number); a loss without a local strength is placed at preferences of strength 0.75, one without either is "
         "absent."
     )
-    return Chart("beta", "Against the strength of regularisation", says, tuple(panels)) if panels else None
+    return (
+        Chart("beta", "Against beta", "Against the strength of regularisation", says, tuple(panels)) if panels else None
+    )
 
 
 def _series_by_scale(
@@ -200,7 +204,7 @@ def _over_steps(settings: Sequence[Setting]) -> Chart:
         if series:
             panels.append(Panel(name, "optimizer step", f"{name} ({unit})", series))
     says = "Each at its best setting: the mean over seeds, and every seed behind it."
-    return Chart("curves", "During training", says, tuple(panels))
+    return Chart("curves", "Training", "During training", says, tuple(panels))
 
 
 def _curves(setting: Setting, key: str) -> Iterator[Series]:
@@ -233,7 +237,7 @@ def _margins(settings: Sequence[Setting]) -> Chart:
         "wrongly. A long upper tail is confidence that the data may not support."
     )
     panel = Panel("all", "", "margin, nats per pair of completions", tuple(series))
-    return Chart("margins", "Margins", says, (panel,))
+    return Chart("margins", "Margins", "Margins", says, (panel,))
 
 
 def _drift(settings: Sequence[Setting]) -> Chart:
@@ -247,7 +251,9 @@ def _drift(settings: Sequence[Setting]) -> Chart:
         "Policy minus reference, nats per token. Where both bars point down, chosen answers became less likely too: "
         "likelihood displacement, probability that went to text which nobody compared."
     )
-    return Chart("drift", "Where the probability went", says, (Panel("all", "", "nats per token", tuple(series)),))
+    return Chart(
+        "drift", "Drift", "Where the probability went", says, (Panel("all", "", "nats per token", tuple(series)),)
+    )
 
 
 def _mean_of(setting: Setting, key: str) -> float | None:
@@ -272,7 +278,7 @@ def _writing(settings: Sequence[Setting]) -> Chart:
             after = Series("policy", "policy", [who for who, _ in rows], [each[1] for _, each in rows], "bar")
             panels.append(Panel(name, "", unit, (before, after)))
     says = "What the policy writes for held-out prompts beside what the reference wrote for the same ones."
-    return Chart("writing", "Length, ending and repetition", says, tuple(panels))
+    return Chart("writing", "Writing", "Length, ending and repetition", says, tuple(panels))
 
 
 def _gradients(settings: Sequence[Setting]) -> Chart:
@@ -288,4 +294,6 @@ def _gradients(settings: Sequence[Setting]) -> Chart:
         "Before clipping, first seed. Scales differ between losses (IPO's coefficient is 1 / (4 tau^2)), which is why "
         "the learning rate is an axis; the share of clipped steps stands in the table."
     )
-    return Chart("gradients", "Gradient norms", says, (Panel("all", "optimizer step", "norm", tuple(series)),))
+    return Chart(
+        "gradients", "Gradients", "Gradient norms", says, (Panel("all", "optimizer step", "norm", tuple(series)),)
+    )

@@ -139,31 +139,44 @@ def every_pair(findings: Findings) -> list[Versus]:
 
 def _answer(metric: Metric, standings: Sequence[Standing], versus: Sequence[Versus], prompts: Halves) -> Iterator[str]:
     best = standings[0]
-    seeds = len(best.setting.finished)
-    yield (
-        f"{best.setting.name}: {metric.title} {best.mean:.3f} (95 % interval {best.low:.3f} to {best.high:.3f}), over "
-        f"{seeds} seed{'s' if seeds > 1 else ''} and {len(prompts.reporting):,} held-out prompts"
-        + (", none of which chose it." if prompts.split else "; too few to choose on others than these.")
-    )
-    shown_better = [one for one in versus if one.different and one.comparison.difference > 0]
-    shown_worse = [one for one in versus if one.different and one.comparison.difference < 0]
+    better = [one for one in versus if one.different and one.comparison.difference > 0]
+    worse = [one for one in versus if one.different and one.comparison.difference < 0]
     open_ones = [one for one in versus if not one.different]
-    if shown_better:
-        yield f"Better than {_list(shown_better)}."
-    if shown_worse:
+    if versus and not better and not worse:
+        first = best.setting.contestant
+        yield f"No difference shown: {first} comes first, and is not shown to be better than any other."
+    yield _standing_words(metric, best, prompts)
+    if better:
+        yield f"Better than {_list(better)}."
+    if worse:
         yield (
-            f"Worse than {_list(shown_worse)} on the prompts that did not choose: the choice does not carry over, so "
-            "take that one."
+            f"Worse than {_list(worse)} on the prompts that did not choose: the choice does not carry over, so take "
+            "that one."
         )
     if open_ones:
-        least = max(one.detectable for one in open_ones)
-        names = ", ".join(one.other.setting.contestant for one in open_ones)
-        yield (
-            f"No difference shown from {names}. A difference of {least:.3f} or more would have been found in each of "
-            "these comparisons with a chance of 80 %; a smaller one may exist."
-        )
-    if seeds == 1 and versus:
+        yield _open_words(open_ones)
+    if len(best.setting.finished) == 1 and versus:
         yield "With one seed this says that these trained models differ, not that the losses do."
+
+
+def _standing_words(metric: Metric, standing: Standing, prompts: Halves) -> str:
+    seeds, count = len(standing.setting.finished), len(prompts.reporting)
+    return (
+        f"{standing.setting.name}: {metric.title} {standing.mean:.3f} (95 % interval {standing.low:.3f} to "
+        f"{standing.high:.3f}), over {seeds} seed{'s' if seeds > 1 else ''} and {count:,} held-out prompts"
+        + (", none of which chose it." if prompts.split else "; too few to choose on others than these.")
+    )
+
+
+def _open_words(versus: Sequence[Versus]) -> str:
+    """Say that no difference was shown, and how large one would have had to be."""
+    least = max(one.detectable for one in versus)
+    names = ", ".join(one.other.setting.contestant for one in versus)
+    each = "each of these comparisons" if len(versus) > 1 else "this comparison"
+    return (
+        f"No difference shown from {names}. A difference of {least:.3f} or more would have been found in {each} with a "
+        "chance of 80 %; a smaller one may exist."
+    )
 
 
 def _list(versus: Sequence[Versus]) -> str:
@@ -206,6 +219,7 @@ def _warnings(standings: Sequence[Standing], settings: Sequence[Setting]) -> Ite
             )
     for standing in standings:
         yield from _of_policy(standing)
+    yield from _clipped(standings)
 
 
 FAR_KL, FALLEN = 50.0, -0.1
@@ -231,9 +245,15 @@ def _of_policy(standing: Standing) -> Iterator[str]:
         yield (
             f"{name} is {kl:.0f} nats per completion from the reference: read its samples before trusting its accuracy"
         )
-    clipped = [run.clipped for run in standing.setting.finished if run.clipped is not None]
-    if clipped and float(np.mean(clipped)) > CLIPPED:
-        yield (
-            f"{np.mean(clipped):.0%} of the steps of {name} were clipped: its learning rate says little about the size "
-            "of its steps"
-        )
+
+
+def _clipped(standings: Sequence[Standing]) -> Iterator[str]:
+    """Say of which contestants most steps were clipped."""
+    shares = {}
+    for standing in standings:
+        known = [run.clipped for run in standing.setting.finished if run.clipped is not None]
+        if known and float(np.mean(known)) > CLIPPED:
+            shares[standing.setting.contestant] = float(np.mean(known))
+    if shares:
+        said = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        yield f"most steps were clipped ({said}): there the learning rate says little about the size of a step"

@@ -28,7 +28,7 @@ def html_page(title: str, parts: Mapping[str, Any], charts: Sequence[Chart], col
         loader=PackageLoader("prefopt.report", "page"), autoescape=select_autoescape(default=True),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"number": number, "columns": _shown_columns, "sortable": _sort_value}
+    environment.filters |= {"number": number, "numeric": _numeric, "columns": _shown_columns, "sortable": _sort_value}
     loader = environment.loader
     assert loader is not None
     scripts = [get_plotlyjs().replace("</script", "<\\/script"), loader.get_source(environment, "page.js")[0]]
@@ -46,6 +46,12 @@ def _hash(script: str) -> str:
 
 def _shown_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in columns_of(rows) if any(row.get(name) not in (None, "") for row in rows)]
+
+
+def _numeric(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+    """Whether a column holds numbers."""
+    known = [row[name] for row in rows if row.get(name) is not None]
+    return bool(known) and all(isinstance(each, int | float) for each in known)
 
 
 def _sort_value(value: Any) -> str:

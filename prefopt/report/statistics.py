@@ -106,7 +106,7 @@ def _standard_error(table: np.ndarray) -> tuple[float, float]:
     total = by_seeds + between_prompts
     if total == 0.0:
         return 0.0, prompts - 1.0
-    level = LEVEL / 2 if seeds == 2 else LEVEL  # two seeds agree by chance too often
+    level = LEVEL / 4 if seeds == 2 else LEVEL  # two seeds agree by chance too often
     few, many = (stats.t.ppf(1 - level / 2, count - 1) for count in (seeds, prompts))
     critical = (by_seeds * few + between_prompts * many) / total
     return math.sqrt(total / (seeds * prompts)), _degrees(float(critical), 0.25, max(seeds, prompts) - 1.0)

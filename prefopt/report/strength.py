@@ -87,7 +87,7 @@ def strength_of(loss: Loss, tokens: float | None) -> Strength:
     term, own = loss.ranking_term, loss.hyperparameters.get("beta")
     gpo = term.beta if isinstance(term, Term) and not isinstance(term.beta, FromRecord) else None
     mean = isinstance(term, Term) and term.score.aggregate == "mean"
-    unit = f"per nat {'per token' if mean else 'of the completion'}" if own is not None else ""
+    unit = f"per nat{' per token' if mean else ''}" if own is not None else ""
     if own is None:
         return Strength(None, gpo, unit, None, "it has no beta")
     factor = factor_of(loss)

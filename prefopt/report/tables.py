@@ -17,7 +17,8 @@ Row: TypeAlias = dict[str, Any]
 def setting_rows(settings: Sequence[Setting], findings: Findings) -> list[Row]:
     """One row per setting: means over its seeds, best first."""
     best = {standing.setting.name for standing in findings.standings}
-    rows = [_setting_row(setting, setting.name in best) for setting in settings]
+    chosen = len(best) < len(settings)
+    rows = [_setting_row(setting, chosen and setting.name in best) for setting in settings]
     key = "gold reward" if findings.metric is not None and findings.metric.name == "gold_reward" else "accuracy"
     return sorted(rows, key=lambda row: float("inf") if row[key] is None else -float(row[key]))
 
