@@ -10,7 +10,15 @@ import numpy as np
 
 from prefopt.report.measured import Halves, Metric, halves, primary_metric, table_of
 from prefopt.report.settings import Setting, shown
-from prefopt.report.statistics import LEVEL, Comparison, compare, holm, mean_interval
+from prefopt.report.statistics import (
+    LEVEL,
+    Comparison,
+    Spread,
+    compare,
+    holm,
+    mean_interval,
+    spread_between_seeds,
+)
 
 
 @dataclass(frozen=True)
@@ -110,12 +118,27 @@ def _versus(metric: Metric, standings: Sequence[Standing], prompts: Halves) -> t
     if len(standings) < 2:
         return ()
     best, *others = standings
-    made = [compare_standings(metric, best, other, prompts.reporting) for other in others]
+    spread = _spread(metric, standings, prompts.reporting)
+    made = [compare_standings(metric, best, other, prompts.reporting, spread) for other in others]
     corrected = holm([each.p for each in made])
     return tuple(Versus(best, other, each, p, len(others)) for other, each, p in zip(others, made, corrected))
 
 
-def compare_standings(metric: Metric, one: Standing, other: Standing, prompts: Sequence[str]) -> Comparison:
+def _spread(metric: Metric, standings: Sequence[Standing], prompts: Sequence[str]) -> Spread | None:
+    """Return how much losses vary from seed to seed, where all were trained with the same seeds."""
+    seeds = {tuple(run.seed for run in standing.setting.finished) for standing in standings}
+    if len(seeds) != 1:
+        return None
+    means = []
+    for standing in standings:
+        values, weights = table_of(metric, standing.setting.finished, prompts)
+        means.append(np.average(values, axis=1, weights=weights))
+    return spread_between_seeds(np.array(means))
+
+
+def compare_standings(
+    metric: Metric, one: Standing, other: Standing, prompts: Sequence[str], spread: Spread | None
+) -> Comparison:
     """Compare two contestants on the seeds and prompts that both have."""
     seeds = [run.seed for run in one.setting.finished]
     shared = [seed for seed in seeds if seed in {run.seed for run in other.setting.finished}]
@@ -124,7 +147,7 @@ def compare_standings(metric: Metric, one: Standing, other: Standing, prompts: S
         runs = [run for run in standing.setting.finished if run.seed in shared] if shared else standing.setting.finished
         values, weights = table_of(metric, runs, prompts)
         tables.append(values if shared else values.mean(0, keepdims=True))
-    return compare(tables[0], tables[1], weights)
+    return compare(tables[0], tables[1], weights, spread=spread)
 
 
 def every_pair(findings: Findings) -> list[Versus]:
@@ -132,7 +155,8 @@ def every_pair(findings: Findings) -> list[Versus]:
     if findings.metric is None:
         return []
     pairs = list(itertools.combinations(findings.standings, 2))
-    made = [compare_standings(findings.metric, one, other, findings.halves.reporting) for one, other in pairs]
+    spread = _spread(findings.metric, findings.standings, findings.halves.reporting)
+    made = [compare_standings(findings.metric, one, other, findings.halves.reporting, spread) for one, other in pairs]
     corrected = holm([each.p for each in made])
     return [Versus(one, other, each, p, len(pairs)) for (one, other), each, p in zip(pairs, made, corrected)]
 

@@ -2,16 +2,19 @@
 
 The unit is a table of values, one row per seed and one column per prompt. Two sources of chance stand behind a
 difference of two losses: the seeds with which they were trained, and the prompts on which they are measured. Both are
-crossed (every seed meets every prompt), so the variance of the mean difference is that of a two-way table,
+crossed (every seed meets every prompt), so the variance of the mean difference has two parts,
 
-    Var = (MS_seeds - MS_rest + MS_prompts) / (seeds * prompts)
+    V_seeds = MS_seeds / (seeds * prompts)        V_prompts = (MS_prompts - MS_rest) / (seeds * prompts)
 
-(crossed random effects: Clark 1973; Baayen, Davidson and Bates 2008). Its first part is known from few seeds and its
-second from many prompts, so the critical value is that of Student's t for each, weighted by its share of the variance
-(Cochran and Cox 1950). Satterthwaite's degrees of freedom were tried first: with 2 and 3 seeds they called up to 12 %
-and 8 % of simulated null comparisons different at the 5 % level; this rule at most 6 %. A bootstrap over three seeds
-would be too narrow, and a permutation of three seeds can never reach p < 0.25; with one seed the signs of the
-prompts are permuted.
+(crossed random effects: Clark 1973; Baayen, Davidson and Bates 2008). The first is known from few seeds, the second
+from many prompts; the critical value is that of Student's t for each, weighted by its part (Cochran and Cox 1950).
+Where three losses or more were trained with the same seeds, V_seeds comes from all of them: how much runs of one loss
+differ from seed to seed, beyond what a seed does to all losses alike.
+
+What was tried before it, on simulated results of one loss under two names at the 5 % level: Satterthwaite's degrees of
+freedom and V_seeds = (MS_seeds - MS_rest) / (seeds * prompts) called up to 15 % different with 2 seeds and 9 % with 3;
+this rule at most 6.3 % and 5.8 %. A bootstrap over three seeds would be too narrow, and a permutation of three seeds
+can never reach p < 0.25. With one seed the signs of the prompts are permuted.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
-DRAWS = 10_000
+DRAWS = 4_000
 """Random sign flips, and bootstrap samples."""
 LEVEL = 0.05
 
@@ -52,13 +55,38 @@ class Comparison:
         return detectable(self.standard_error, self.degrees, level, chance)
 
 
-def compare(one: np.ndarray, other: np.ndarray, weights: np.ndarray | None = None) -> Comparison:
+@dataclass(frozen=True)
+class Spread:
+    """How much the difference of two losses varies from seed to seed."""
+
+    variance: float
+    degrees: float
+
+
+def spread_between_seeds(means: np.ndarray) -> Spread | None:
+    """Return the spread that losses trained with the same seeds show together; None where there are too few.
+
+    Args:
+        means: of each loss and seed, shape (losses, seeds).
+    """
+    losses, seeds = means.shape
+    if losses < 3 or seeds < 2:
+        return None
+    rest = means - means.mean(1, keepdims=True) - means.mean(0, keepdims=True) + means.mean()
+    degrees = (losses - 1) * (seeds - 1)
+    return Spread(2 * float((rest**2).sum()) / degrees, float(degrees))
+
+
+def compare(
+    one: np.ndarray, other: np.ndarray, weights: np.ndarray | None = None, *, spread: Spread | None = None
+) -> Comparison:
     """Compare two sets of runs that share seeds and prompts.
 
     Args:
         one: values, shape (seeds, prompts).
         other: the same of the others.
         weights: of the prompts, shape (prompts,): how many comparisons each has. Equal where absent.
+        spread: between seeds, as many losses show it; that of these two where absent.
 
     Raises:
         ValueError: the shapes differ or are empty.
@@ -68,7 +96,7 @@ def compare(one: np.ndarray, other: np.ndarray, weights: np.ndarray | None = Non
     table = _around_weighted_mean(one.astype(float) - other.astype(float), weights)
     seeds, prompts = table.shape
     difference = float(table.mean())
-    error, degrees = _standard_error(table)
+    error, degrees = _standard_error(table, spread)
     if seeds == 1:
         p = _sign_flips(table[0])
     elif error == 0.0:
@@ -88,35 +116,32 @@ def _around_weighted_mean(table: np.ndarray, weights: np.ndarray | None) -> np.n
     return mean + shares * (table - mean)
 
 
-def _standard_error(table: np.ndarray) -> tuple[float, float]:
-    """Return the standard error of the mean of a crossed table, and its degrees of freedom."""
+def _standard_error(table: np.ndarray, spread: Spread | None) -> tuple[float, float]:
+    """Return the standard error of the mean of a crossed table, and the degrees of freedom of its t."""
     seeds, prompts = table.shape
-    mean = table.mean()
-    of_prompts = table.mean(0)
-    if prompts == 1:
-        return (float(table.std(ddof=1)) / math.sqrt(seeds) if seeds > 1 else 0.0), max(1.0, seeds - 1.0)
+    mean, of_seeds, of_prompts = table.mean(), table.mean(1), table.mean(0)
     if seeds == 1:
-        return float(of_prompts.std(ddof=1)) / math.sqrt(prompts), prompts - 1.0
-    of_seeds = table.mean(1)
-    rest = table - of_seeds[:, None] - of_prompts[None, :] + mean
-    between_seeds = prompts * float(((of_seeds - mean) ** 2).sum()) / (seeds - 1)
-    between_prompts = seeds * float(((of_prompts - mean) ** 2).sum()) / (prompts - 1)
-    within = float((rest**2).sum()) / ((seeds - 1) * (prompts - 1))
-    by_seeds = max(0.0, between_seeds - within)  # where seeds differ by less than chance they add nothing
-    total = by_seeds + between_prompts
+        return (float(of_prompts.std(ddof=1)) / math.sqrt(prompts) if prompts > 1 else 0.0), max(1.0, prompts - 1.0)
+    spread = spread or Spread(float(of_seeds.var(ddof=1)), seeds - 1.0)
+    by_seeds, by_prompts = spread.variance / seeds, 0.0
+    if prompts > 1:
+        rest = table - of_seeds[:, None] - of_prompts[None, :] + mean
+        within = float((rest**2).sum()) / ((seeds - 1) * (prompts - 1))
+        by_prompts = max(0.0, float(of_prompts.var(ddof=1)) - within / seeds) / prompts
+    total = by_seeds + by_prompts
     if total == 0.0:
-        return 0.0, prompts - 1.0
-    level = LEVEL / 4 if seeds == 2 else LEVEL  # two seeds agree by chance too often
-    few, many = (stats.t.ppf(1 - level / 2, count - 1) for count in (seeds, prompts))
-    critical = (by_seeds * few + between_prompts * many) / total
-    return math.sqrt(total / (seeds * prompts)), _degrees(float(critical), 0.25, max(seeds, prompts) - 1.0)
+        return 0.0, max(1.0, prompts - 1.0)
+    many = max(1.0, prompts - 1.0)
+    of_each = (special.stdtrit(degrees, 1 - LEVEL / 2) for degrees in (spread.degrees, many))
+    critical = sum(part * float(edge) for part, edge in zip((by_seeds, by_prompts), of_each)) / total
+    return math.sqrt(total), _degrees(critical, min(spread.degrees, many), max(spread.degrees, many))
 
 
 def _degrees(critical: float, low: float, high: float) -> float:
     """Return the degrees of freedom at which Student's t has this critical value."""
-    for _ in range(50):
+    for _ in range(40):
         middle = math.sqrt(low * high)
-        above = float(stats.t.ppf(1 - LEVEL / 2, middle)) > critical
+        above = float(special.stdtrit(middle, 1 - LEVEL / 2)) > critical
         low, high = (middle, high) if above else (low, middle)
     return high
 
@@ -128,10 +153,10 @@ def _sign_flips(values: np.ndarray) -> float:
     if not len(moved):
         return 1.0
     if len(moved) <= 13:
-        signs = 1 - 2 * ((np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved))) & 1)
+        signs = 1.0 - 2.0 * ((np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved))) & 1)
         return float((np.abs(signs @ moved) >= seen).mean())
     generator = np.random.default_rng(0)
-    signs = 1 - 2 * generator.integers(0, 2, size=(DRAWS, len(moved)), dtype=np.int8)
+    signs = 1.0 - 2.0 * generator.integers(0, 2, size=(DRAWS, len(moved)), dtype=np.int8)
     return float((1 + (np.abs(signs @ moved) >= seen).sum()) / (1 + DRAWS))
 
 
@@ -175,7 +200,7 @@ def detectable(standard_error: float, degrees: float, level: float = LEVEL, chan
 
 
 def mean_interval(
-    table: np.ndarray, weights: np.ndarray | None = None, *, draws: int = DRAWS // 5
+    table: np.ndarray, weights: np.ndarray | None = None, *, draws: int = DRAWS // 2
 ) -> tuple[float, float, float]:
     """Return the mean of a table and its 95 % bootstrap interval; seeds and prompts are drawn, both with replacement.
 

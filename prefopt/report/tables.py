@@ -116,7 +116,7 @@ def cost_rows(settings: Sequence[Setting]) -> list[Row]:
     """One row per contestant: what its runs cost together, and the largest peak."""
     rows: dict[str, Row] = {}
     for setting in settings:
-        row = rows.setdefault(setting.contestant, {"": setting.contestant, "runs": 0})
+        row = rows.setdefault(setting.contestant, {"of": setting.contestant, "runs": 0})
         for run in setting.finished:
             row["runs"] += 1
             for name, value in cost_of(run).items():

@@ -243,7 +243,7 @@ def _settings(axes: Axes, section: Mapping[str, Any]) -> tuple[Axes, list[Proble
     samples = section.get("samples")
     if samples is not None and not _is_count(samples):
         problems.append(Problem("sweep.samples", "a whole number of at least 1", shown(samples)))
-    elif samples is not None and not axes.distributions:
+    elif samples is not None and not any(isinstance(value, dict) for _, value in _flat(section)):
         fix = "draw a key: sweep.train.learning_rate={log_uniform: [1e-6, 1e-4]}"
         problems.append(Problem("sweep.samples", "an axis to draw from", f"{samples} samples of nothing", fix))
     elif samples is None and axes.distributions:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,8 @@ def _runs(
     source: _Source, changes: Sequence[dict[str, Any]], labels: Sequence[str], folder: Path
 ) -> tuple[list[PlannedRun], list[Problem], list[str]]:
     runs: list[PlannedRun] = []
-    problems: dict[Problem, list[str]] = {}
+    missing: list[Problem] = []
+    problems: dict[tuple[str, str, str], list[tuple[str, Problem]]] = {}
     notes: list[str] = []
     for each, label in zip(changes, labels):
         mapping, found = _changed(source.base, each)
@@ -190,14 +191,14 @@ def _runs(
             try:
                 recipe = recipe_from_mapping(mapping, name=label)
                 if not runs:
-                    found += missing_files(recipe)
+                    missing += missing_files(recipe)
                 told = {key: value for key, value in each.items() if key != MATCH_KEY}
                 runs.append(PlannedRun(label, told, recipe))
             except RecipeError as error:
                 found += error.problems
         for problem in found:
-            problems.setdefault(problem, []).append(label)
-    return runs, [_located(problem, where, len(labels)) for problem, where in problems.items()], notes
+            problems.setdefault((problem.where, problem.expected, problem.fix), []).append((label, problem))
+    return runs, [*missing, *(_located(found, len(labels)) for found in problems.values())], notes
 
 
 def _changed(base: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
@@ -229,8 +230,10 @@ def _loss_word(mapping: Mapping[str, Any]) -> str:
     return str(loss.get("name", loss)) if isinstance(loss, dict) else str(loss)
 
 
-def _located(problem: Problem, labels: Sequence[str], count: int) -> Problem:
-    """Say of a problem that some runs have which ones they are."""
+def _located(found: Sequence[tuple[str, Problem]], count: int) -> Problem:
+    """Say of a problem that some runs have which ones they are, and what they have there."""
+    labels, problem = [label for label, _ in found], found[0][1]
+    problem = replace(problem, given=", ".join(dict.fromkeys(each.given for _, each in found)))
     if len(labels) == count or problem.where.startswith("sweep"):
         return problem
     more = f" and {len(labels) - 2} more" if len(labels) > 2 else ""

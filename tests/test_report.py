@@ -1,0 +1,177 @@
+"""The report answers first, names what it leaves out, and never mixes what cannot be compared."""
+
+from __future__ import annotations
+
+import csv
+import math
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from finished import finished_run, finished_sweep
+
+from prefopt.errors import RecipeError
+from prefopt.report.commands import write_report
+from prefopt.report.findings import findings_of
+from prefopt.report.records import read_runs
+from prefopt.report.settings import settings_of
+from prefopt.report.strength import strength_of
+from prefopt.report.writing import repetition
+from prefopt_losses import get_loss, match_beta
+
+
+def answer(*folders):
+    return findings_of(settings_of(read_runs(list(folders))))
+
+
+def shifted(seed):
+    """Random numbers of another method: not those that the first one drew."""
+    return np.random.default_rng(1000 + seed)
+
+
+def two_losses(skill: float, **facts) -> dict[str, dict]:
+    runs = {}
+    for seed in range(3):
+        runs[f"dpo-{seed}"] = {"loss": "dpo", "seed": seed, "skill": 0.55, **facts}
+        runs[f"ipo-{seed}"] = {"loss": "ipo", "seed": seed, "skill": skill, "chance": shifted, **facts}
+    return runs
+
+
+def test_a_loss_that_ranks_far_better_is_named_first_and_called_better(tmp_path):
+    found = answer(finished_sweep(tmp_path / "s", two_losses(0.97)))
+    assert found.standings[0].setting.contestant == "ipo"
+    assert found.versus[0].different
+    assert found.sentences[0].startswith("ipo: held-out accuracy 0.9")
+    assert any(sentence.startswith("Better than dpo by ") for sentence in found.sentences)
+
+
+def test_no_difference_shown_is_said_first_with_what_would_have_been_found(tmp_path):
+    found = answer(finished_sweep(tmp_path / "s", two_losses(0.55)))
+    assert found.sentences[0].startswith("No difference shown: ")
+    assert "with a chance of 80 %" in found.sentences[-1]
+
+
+def test_settings_are_chosen_on_prompts_on_which_they_are_not_reported(tmp_path):
+    found = answer(finished_sweep(tmp_path / "s", two_losses(0.9)))
+    assert not set(found.halves.choosing) & set(found.halves.reporting)
+    assert len(found.halves.choosing) == len(found.halves.reporting) == 30
+
+
+def test_the_best_learning_rate_stands_for_its_loss(tmp_path):
+    runs = {
+        f"{loss}-{rate}-{seed}": {
+            "loss": loss, "learning_rate": rate, "seed": seed, "skill": 0.9 if rate == 1e-5 else 0.5,
+            "chance": shifted if loss == "ipo" else np.random.default_rng,
+        }
+        for loss in ("dpo", "ipo") for rate in (1e-6, 1e-5) for seed in (0, 1)
+    }  # fmt: skip
+    found = answer(finished_sweep(tmp_path / "s", runs))
+    assert {standing.setting.varied["train.learning_rate"] for standing in found.standings} == {1e-5}
+    assert all(standing.tried == 2 for standing in found.standings)
+    assert any("1e-05, is the largest that was tried" in warning for warning in found.warnings)
+
+
+def test_a_setting_without_all_its_seeds_is_left_out_and_the_reason_given(tmp_path):
+    runs = two_losses(0.9)
+    runs["ipo-1"]["failed"] = "a gradient that is not finite"
+    found = answer(finished_sweep(tmp_path / "s", runs))
+    assert [standing.setting.contestant for standing in found.standings] == ["dpo"]
+    assert any("2 of 3 seeds finished: failed, a gradient that is not finite" in each for each in found.warnings)
+
+
+def test_likelihood_displacement_and_clipped_steps_are_named(tmp_path):
+    found = answer(finished_run(tmp_path / "run"))
+    assert any("likelihood displacement in" in warning for warning in found.warnings)
+    assert any("most steps were clipped" in warning for warning in found.warnings)
+
+
+def test_gold_reward_is_the_measure_where_every_run_has_it(tmp_path):
+    found = answer(finished_sweep(tmp_path / "s", two_losses(0.9, gold=True)))
+    assert found.metric.name == "gold_reward"
+
+
+def test_runs_on_different_held_out_data_are_refused_with_their_names(tmp_path):
+    one, other = finished_run(tmp_path / "one"), finished_run(tmp_path / "other", prompts=50)
+    with pytest.raises(RecipeError) as error:
+        write_report([one, other], tmp_path / "report")
+    assert "one on 60 comparisons of pairs.jsonl" in str(error.value)
+    assert "other on 50 comparisons" in str(error.value)
+    assert not (tmp_path / "report").exists()
+
+
+def test_runs_of_other_training_data_on_the_same_held_out_ones_are_compared(tmp_path):
+    folders = [finished_run(tmp_path / name, data=f"{name}.jsonl") for name in ("few", "many")]
+    found = answer(*folders)
+    assert {standing.setting.name for standing in found.standings} == {"train few.jsonl", "train many.jsonl"}
+
+
+def test_every_wrong_folder_is_named_at_once(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecipeError) as error:
+        read_runs([tmp_path / "empty", tmp_path / "nowhere"])
+    assert len(error.value.problems) == 2
+
+
+def test_nothing_finished_is_said(tmp_path):
+    sweep = finished_sweep(tmp_path / "s", {"a": {"failed": "out of memory"}})
+    with pytest.raises(RecipeError, match="at least one finished run"):
+        write_report([sweep], tmp_path / "report")
+
+
+def test_the_files_of_a_report(tmp_path):
+    runs = two_losses(0.9) | {"kto-0": {"loss": "kto", "failed": "out of memory"}}
+    sweep = finished_sweep(tmp_path / "mine", runs, notes=("one learning rate",))
+    written = write_report([sweep], tmp_path / "report")
+    assert {file.name for file in written.files if file.parent.name == "report"} == {
+        "report.html", "report.md", *(f"{name}.{kind}" for name in ("runs", "settings", "looks", "comparisons")
+                                      for kind in ("csv", "parquet")),
+    }  # fmt: skip
+    assert {file.suffix for file in written.files if file.parent.name == "figures"} == {".png", ".svg"}
+    text = written.markdown.read_text()
+    for wanted in ("## Answer", "| kto-0 | failed | out of memory |", "prefopt sweep mine", "one learning rate"):
+        assert wanted in text
+    with (tmp_path / "report" / "runs.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    table = pq.read_table(tmp_path / "report" / "runs.parquet")
+    assert len(rows) == table.num_rows == 7
+    assert float(rows[1]["accuracy"]) == table["accuracy"][1].as_py()
+
+
+def test_a_script_in_an_answer_of_a_model_stays_text(tmp_path):
+    run = finished_run(tmp_path / "run", answer="<script>alert(1)</script></details>")
+    html = write_report([run], tmp_path / "report", figures=False).html.read_text()
+    assert "<script>alert(1)" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+
+
+def test_a_single_run_has_a_report_too(tmp_path):
+    written = write_report([finished_run(tmp_path / "run")], tmp_path / "report", figures=False)
+    assert "held-out accuracy" in written.answer[0]
+    assert "prefopt train" in written.markdown.read_text()
+
+
+def test_the_strength_of_matched_losses_is_the_same():
+    dpo = get_loss("dpo", beta=0.1)
+    for name in ("gpo_exponential", "gpo_squared", "gpo_savage", "robust_dpo"):
+        matched = get_loss(name, beta=match_beta(get_loss(name), dpo).near_zero)
+        assert strength_of(matched, None).kappa_beta == pytest.approx(strength_of(dpo, None).kappa_beta)
+
+
+def test_a_beta_per_token_needs_the_tokens_to_have_a_strength_per_completion():
+    ipo = get_loss("ipo", beta=2.5)
+    assert strength_of(ipo, None).kappa_beta is None
+    assert strength_of(ipo, 100.0).kappa_beta == pytest.approx(0.05)
+
+
+def test_repetition_counts_runs_of_four_words():
+    assert repetition("a b c d e") == 0.0
+    assert repetition("a b c d a b c d a b c d") == pytest.approx(1 - 4 / 9)
+    assert repetition("too short") is None
+
+
+def test_margins_are_differences_of_log_ratios(tmp_path):
+    (record,) = read_runs([finished_run(tmp_path / "run")])
+    table = record.held_out
+    expected = table.columns["chosen_logratio"] - table.columns["rejected_logratio"]
+    assert np.array_equal(table.margins(), expected)
+    assert math.isclose(record.clipped, 2 / 3)

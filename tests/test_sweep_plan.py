@@ -1,0 +1,210 @@
+"""A sweep section stands for the runs that a reader expects, on equal terms, and every mistake in it is named."""
+
+from __future__ import annotations
+
+import pytest
+from world import make_model, make_pairs
+
+from prefopt.errors import RecipeError
+from prefopt.recipe import load_recipe
+from prefopt.recipe.text import dump_yaml
+from prefopt.sweep.caches import cache_builders
+from prefopt.sweep.labels import labels_of
+from prefopt.sweep.plan import load_sweep
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Write a recipe with a sweep section; gives its path."""
+    model, pairs = make_model(tmp_path / "base"), make_pairs(tmp_path / "pairs.jsonl")
+
+    def write(sweep: dict, **changes: object):
+        mapping = {
+            "model": str(model), "data": {"train": str(pairs), "processes": 1}, "loss": {"name": "dpo", "beta": 0.1},
+            "train": {"max_steps": 12, "batch_size": 8, "learning_rate": 1e-4, "precision": "fp32"},
+            "output": str(tmp_path / "sweep"), **changes, "sweep": sweep,
+        }  # fmt: skip
+        file = tmp_path / "mine.yaml"
+        file.write_text(dump_yaml(mapping))
+        return str(file)
+
+    return write
+
+
+ONE_RATE = {"train.learning_rate": [1e-4]}
+
+
+def problems(path, *overrides):
+    with pytest.raises(RecipeError) as error:
+        load_sweep(path, overrides)
+    return error.value.problems
+
+
+def test_axes_are_crossed_and_seeds_vary_slowest(recipe):
+    plan = load_sweep(recipe({"seed": [0, 1], "loss.name": ["dpo", "hinge"], **ONE_RATE}))
+    assert [run.label for run in plan.runs] == ["dpo-seed0", "hinge-seed0", "dpo-seed1", "hinge-seed1"]
+    assert [run.recipe.seed for run in plan.runs] == [0, 0, 1, 1]
+    assert plan.runs[1].recipe.build_loss().name == "hinge"
+
+
+def test_each_run_has_a_whole_recipe_with_a_folder_of_its_own(recipe, tmp_path):
+    plan = load_sweep(recipe({"loss.beta": [0.1, 0.2], **ONE_RATE}))
+    assert {run.recipe.output for run in plan.runs} == {
+        str(tmp_path / "sweep" / "runs" / run.label) for run in plan.runs
+    }
+
+
+def test_the_learning_rate_is_an_axis_unless_the_sweep_has_it(recipe):
+    plan = load_sweep(recipe({"loss.name": ["dpo", "hinge"]}))
+    assert {run.recipe.train.learning_rate for run in plan.runs} == {3.3e-5, 1e-4, 3e-4}
+    assert any(note.startswith("learning rates 3.3e-05, 0.0001, 0.0003") for note in plan.notes)
+    one = load_sweep(recipe({"loss.name": ["dpo", "hinge"], **ONE_RATE}))
+    assert len(one.runs) == 2
+    assert any(note.startswith("one learning rate, 0.0001") for note in one.notes)
+
+
+def test_points_are_small_grids_and_cross_with_the_axes(recipe):
+    points = [{"loss": "sft"}, {"loss.name": ["dpo", "hinge"], "loss.beta": [0.1, 0.2]}]
+    plan = load_sweep(recipe({"points": points, "seed": [0, 1], **ONE_RATE}))
+    assert len(plan.runs) == 2 * (1 + 4)
+    assert plan.runs[0].label == "sft-seed0"
+
+
+def test_samples_are_the_same_for_every_loss_and_every_time(recipe):
+    drawn = {"train.learning_rate": {"log_uniform": [1e-6, 1e-3]}, "samples": 3, "loss.name": ["dpo", "hinge"]}
+    plan = load_sweep(recipe(drawn))
+    rates = {name: [run.recipe.train.learning_rate for run in plan.runs if run.changes["loss.name"] == name]
+             for name in ("dpo", "hinge")}  # fmt: skip
+    assert len(set(rates["dpo"])) == 3
+    assert rates["dpo"] == rates["hinge"]
+    assert plan.runs == load_sweep(recipe(drawn)).runs
+    assert plan.runs != load_sweep(recipe({**drawn, "samples_seed": 1})).runs
+
+
+def test_matched_betas_hold_as_strongly_as_dpos(recipe):
+    names = ["dpo", "gpo_exponential", "gpo_savage"]
+    plan = load_sweep(recipe({"loss.name": names, "loss.beta": [0.1], "match": "kappa", **ONE_RATE}))
+    betas = {run.recipe.build_loss().name: run.recipe.build_loss().hyperparameters["beta"] for run in plan.runs}
+    assert betas == {"dpo": 0.1, "gpo_exponential": 0.05, "gpo_savage": 0.1}
+
+
+def test_hinge_is_matched_at_preference_strength_three_quarters_and_it_is_said(recipe):
+    plan = load_sweep(recipe({"loss.name": ["hinge"], "loss.beta": [0.1], "match": "kappa", **ONE_RATE}))
+    assert plan.runs[0].recipe.build_loss().hyperparameters["beta"] == pytest.approx(0.0910239)
+    assert any("0.75" in note for note in plan.notes)
+
+
+def test_a_loss_of_means_is_matched_with_the_tokens_of_the_data_or_those_given(recipe):
+    sweep = {"loss.name": ["ipo"], "loss.beta": [0.1], "match": {"rule": "kappa", "tokens": 100}, **ONE_RATE}
+    assert load_sweep(recipe(sweep)).runs[0].recipe.build_loss().hyperparameters["beta"] == pytest.approx(2.5)
+    measured = load_sweep(recipe({**sweep, "match": "kappa"}))
+    tokens = measured.runs[0].recipe.build_loss().hyperparameters["beta"] / 0.025
+    assert 4 < tokens < 12  # completions of 2 to 12 words, and end-of-sequence
+
+
+def test_a_loss_that_cannot_be_matched_is_named_and_may_have_a_point_of_its_own(recipe):
+    simpo = {"loss": {"name": "simpo", "beta": 2.0}}
+    (found,) = problems(recipe({"points": [simpo], "match": "kappa", **ONE_RATE}))
+    assert found.where == "sweep.match"
+    assert "no reference" in found.given
+    plan = load_sweep(recipe({"points": [{**simpo, "match": "none"}], "match": "kappa", **ONE_RATE}))
+    assert plan.runs[0].recipe.build_loss().hyperparameters["beta"] == 2.0
+
+
+def test_other_batch_sizes_see_as_many_comparisons(recipe):
+    plan = load_sweep(recipe({"train.batch_size": [8, 16], **ONE_RATE}))
+    assert [run.recipe.train.max_steps * run.recipe.train.batch_size for run in plan.runs] == [96, 96]
+    assert any("as many comparisons" in note for note in plan.notes)
+
+
+def test_unequal_terms_are_said(recipe):
+    plan = load_sweep(recipe({"train.max_steps": [5, 10], **ONE_RATE}))
+    assert any("not on an equal budget" in note for note in plan.notes)
+    assert any(note.startswith("one seed") for note in plan.notes)
+
+
+def test_one_run_builds_the_cache_of_all(recipe):
+    names = ["sft", "dpo", "hinge", "simpo"]
+    plan = load_sweep(recipe({"loss": names, "seed": [0, 1], **ONE_RATE}))
+    assert [run.recipe.build_loss().name for run in cache_builders(plan.runs)] == ["dpo"]
+    apart = load_sweep(recipe({"data.max_length": [32, 64], **ONE_RATE}))
+    assert len(cache_builders(apart.runs)) == 2
+
+
+def test_the_command_line_changes_axes_and_recipe(recipe):
+    path = recipe({"loss.name": ["dpo", "hinge"], "seed": [0, 1], **ONE_RATE})
+    plan = load_sweep(path, ["sweep.seed=[7]", "train.max_steps=3", "sweep.loss.beta=[0.3]"])
+    assert [run.label for run in plan.runs] == ["dpo-seed7", "hinge-seed7"]
+    assert {run.recipe.build_loss().hyperparameters["beta"] for run in plan.runs} == {0.3}
+    assert {run.recipe.train.max_steps for run in plan.runs} == {3}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "where", "said"),
+    [
+        ({"train.lr": [1]}, "sweep.train.lr", 'did you mean "train.learning_rate"?'),
+        ({"loss.beta": []}, "sweep.loss.beta", "at least one value"),
+        ({"loss.beta": 0.1}, "sweep.loss.beta", "a list of values"),
+        ({"seed": [0, 0]}, "sweep.seed", "every value once"),
+        ({"eval.samples": [1, 2]}, "sweep.eval.samples", "the same held-out data"),
+        ({"data.held_out_seed": [1, 2]}, "sweep.data.held_out_seed", "the same held-out data"),
+        ({"output": ["a"]}, "sweep.output", "a key that changes what a run computes"),
+        ({"points": [{"loss.beta": 1}], "loss.beta": [1]}, "sweep.loss.beta", "every key once"),
+        ({"points": {}}, "sweep.points", "a list of mappings"),
+        ({"seed": {"log_uniform": [0, 1]}, "samples": 2}, "sweep.seed", "two positive numbers"),
+        ({"seed": {"choice": [0, 1]}}, "sweep.samples", "how often to draw"),
+        ({"seed": [0], "samples": 3}, "sweep.samples", "an axis to draw from"),
+        ({"seed": [0], "match": "kapa"}, "sweep.match", "kappa"),
+        ({"seed": [0], "early_stopping": {"grace": 2}}, "sweep.early_stopping.grace", "a share of the run"),
+        ([], "sweep", "a mapping from recipe keys to lists of values"),
+    ],
+)
+def test_what_is_wrong_with_a_section_is_said_where_it_is(recipe, sweep, where, said):
+    found = problems(recipe(sweep))
+    assert [each.where for each in found] == [where]
+    assert said in f"{found[0].expected} {found[0].fix}"
+
+
+def test_all_mistakes_are_listed_at_once(recipe):
+    assert len(problems(recipe({"train.lr": [1], "seed": [], "eval.samples": [1]}), "bogus")) == 4
+
+
+def test_a_mistake_that_some_runs_have_names_them_once(recipe):
+    (found,) = problems(recipe({"loss.name": ["dpo", "sft"], "loss.beta": [0.1, 0.2], **ONE_RATE}))
+    assert "loss.beta of sft-beta0.1, sft-beta0.2" in found.where
+    assert "sweep.points" in found.fix
+
+
+def test_an_axis_is_not_overridden_like_a_key(recipe):
+    (found,) = problems(recipe({"seed": [0, 1]}), "seed=3")
+    assert "sweep.seed=[3]" in found.fix
+
+
+def test_a_missing_file_is_found_before_anything_runs(recipe):
+    (found,) = problems(recipe({"seed": [0, 1]}), "data.train=nowhere.jsonl")
+    assert found.where == "data.train"
+
+
+def test_more_runs_than_anybody_wants_are_refused(recipe):
+    (found,) = problems(recipe({"seed": list(range(1000)), "loss.beta": [0.1 + 0.001 * n for n in range(500)]}))
+    assert "1,500,000" in found.given
+
+
+def test_train_points_to_sweep(recipe):
+    with pytest.raises(RecipeError, match="run it with prefopt sweep"):
+        load_recipe(recipe({"seed": [0, 1]}))
+
+
+def test_labels_are_words_and_all_different():
+    changes = [
+        {"loss.name": "dpo", "train.learning_rate": 1e-4, "seed": True},
+        {"loss": {"name": "simpo", "beta": 2.0}, "model.path": "a/b c", "reference.model": None},
+        {"data.train": ["x.jsonl", "y.jsonl"], "eval.path": 1},
+        {"data.train": ["x.jsonl", "y.jsonl"], "eval.path": 1},
+        {"loss": "x" * 300},
+    ]
+    labels = labels_of(changes)
+    assert labels[0] == "dpo-learning_rate0.0001-seedtrue"
+    assert labels[1].startswith("simpo-beta2-")
+    assert len(set(labels)) == 5
+    assert all(len(label) <= 122 and "/" not in label and " " not in label for label in labels)
