@@ -190,6 +190,15 @@ def test_more_runs_than_anybody_wants_are_refused(recipe):
     assert "1,500,000" in found.given
 
 
+@pytest.mark.parametrize(("name", "runs"), [("sweep-gpo", 162), ("sweep-losses", 180), ("sweep-lora-7b", 27)])
+def test_shipped_sweeps_are_valid(name, runs, monkeypatch):
+    monkeypatch.setattr("prefopt.sweep.plan.completion_tokens", lambda recipe: 33.9)
+    plan = load_sweep(name)
+    assert len(plan.runs) == runs
+    assert len(cache_builders(plan.runs)) == 1
+    assert str(plan.folder) == f"runs/{name}"
+
+
 def test_train_points_to_sweep(recipe):
     with pytest.raises(RecipeError, match="run it with prefopt sweep"):
         load_recipe(recipe({"seed": [0, 1]}))

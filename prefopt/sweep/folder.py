@@ -129,6 +129,7 @@ class SweepFolder:
             "threads": threads,
             "axes": plan.axes.varied(),
             "match": None if plan.axes.match is None else "kappa",
+            "tokens": plan.tokens,
             "notes": list(plan.notes),
             "runs": list(entries.values()),
         }

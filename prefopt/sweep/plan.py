@@ -42,6 +42,8 @@ class SweepPlan:
     folder: Path
     axes: Axes
     runs: tuple[PlannedRun, ...]
+    tokens: float | None
+    """Of a completion, where betas per token were matched."""
     notes: tuple[str, ...]
     """What a person should know of the comparison before it runs."""
 
@@ -90,7 +92,8 @@ def load_sweep(name_or_path: str, overrides: Sequence[str] = ()) -> SweepPlan:
     if problems:
         raise RecipeError(problems)
     notes += [*said, *_fairness(source, changes)]
-    return SweepPlan(source.name, folder, source.axes, tuple(runs), tuple(dict.fromkeys(notes)))
+    counted = vars(source).get("tokens")  # measured only where a loss takes means
+    return SweepPlan(source.name, folder, source.axes, tuple(runs), counted, tuple(dict.fromkeys(notes)))
 
 
 def _read(name_or_path: str, overrides: Sequence[str]) -> _Source:
