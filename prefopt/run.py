@@ -200,7 +200,9 @@ def set_up(
     tracker = None
     if accelerator.is_main_process:
         tracker = Tracker(folder.path, recipe, resumed_at=state.step if newest else -1, resolved=resolved)
-        write_json(folder.path / "environment.json", environment() | {"processes": accelerator.num_processes})
+        write_json(
+            folder.path / "environment.json", environment() | {"processes": accelerator.num_processes, "steps": total}
+        )
     screen.plan(policy, resolved, total, state.step, recipe.train.precision)
     return Run(
         recipe, folder.path, prepared, accelerator, policy, module, optimizer, planner,

@@ -204,3 +204,10 @@ def test_flash_attention_on_the_device_is_the_one_by_hand():
         moved = [each.to(device) for each in given]
         found = gathered_attention(AttentionPlan(trees, device), *moved, scaling=None, window=window)
         torch.testing.assert_close(found.float().cpu(), expected, rtol=0, atol=0.03)
+
+
+def test_a_model_that_drops_keyword_arguments_is_named_as_such():
+    layer = torch.nn.Identity()
+    query = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(NotImplementedError, match="do not hand the model's keyword arguments on"):
+        tree_attention(layer, query, query, query, None)

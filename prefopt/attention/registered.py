@@ -50,6 +50,8 @@ def tree_attention(
     Returns:
         ((1, tokens, heads, value_dim), None), what transformers expects of an attention function.
     """
+    if ARGUMENT not in kwargs:
+        raise NotImplementedError("its layers do not hand the model's keyword arguments on to their attention")
     plan: AttentionPlan = kwargs[ARGUMENT]
     plan.calls += 1
     sinks = kwargs.get("s_aux")

@@ -96,7 +96,7 @@ def _standings(findings: Findings) -> Chart | None:
         "intervals say little: the paired comparisons under the answer are the ones to read."
     )
     title = f"{findings.metric.title[:1].upper()}{findings.metric.title[1:]} of each"
-    panel = Panel("all", f"{findings.metric.title} ({findings.metric.unit})", "", series)
+    panel = Panel("all", findings.metric.title, "", series)
     return Chart("standings", "Standings", title, says, (panel,))
 
 
@@ -202,7 +202,7 @@ def _over_steps(settings: Sequence[Setting]) -> Chart:
     for key, name, unit in CURVES:
         series = tuple(each for setting in settings for each in _curves(setting, key))
         if series:
-            panels.append(Panel(name, "optimizer step", f"{name} ({unit})", series))
+            panels.append(Panel(name, "optimizer step", f"{name}\n({unit})", series))
     says = "Each at its best setting: the mean over seeds, and every seed behind it."
     return Chart("curves", "Training", "During training", says, tuple(panels))
 

@@ -40,7 +40,7 @@ def _height(chart: Chart) -> int:
 
 def _axes(panel: Panel) -> dict[str, Any]:
     interval = bool(panel.series) and panel.series[0].kind == "interval"
-    left = {"title": {"text": panel.y}, "automargin": True, "zeroline": False}
+    left = {"title": {"text": panel.y.replace("\n", "<br>")}, "automargin": True, "zeroline": False}
     return {
         "xaxis": {"title": {"text": panel.x}, "type": "log" if panel.log_x else "-", "automargin": True,
                   "zeroline": False},

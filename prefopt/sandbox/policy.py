@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -126,8 +127,10 @@ def _continue(
     written = torch.full((len(prompts), max_new_tokens), end)
     alive = torch.arange(len(prompts))
     cache, ids = DynamicCache(config=policy.config), prompts
+    # transformers 5.24 renamed it; the old name goes with 5.40
+    keyword = "cache" if "cache" in signature(policy.forward).parameters else "past_key_values"
     for position in range(max_new_tokens):
-        logits = policy(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        logits = policy(input_ids=ids, logits_to_keep=1, **{keyword: cache}).logits[:, -1]
         logits[:, forbidden] = -torch.inf
         ids = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         if position:

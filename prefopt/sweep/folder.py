@@ -66,11 +66,7 @@ class SweepFolder:
 
     def stored(self) -> dict[str, Any]:
         """Return the content of `sweep.json`; empty where there is none."""
-        try:
-            content = json.loads((self.path / SWEEP).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
+        return read_json(self.path / SWEEP)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -142,11 +138,16 @@ def _entry(run: PlannedRun) -> dict[str, Any]:
 
 def read_result(folder: Path) -> dict[str, Any]:
     """Return a run's `result.json`; empty where there is none that can be read."""
+    return read_json(folder / RESULT)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return a mapping that a file holds; empty where there is none that can be read."""
     try:
-        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return result if isinstance(result, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def unfinished(folder: SweepFolder, runs: Sequence[PlannedRun], *, retry: bool) -> list[PlannedRun]:

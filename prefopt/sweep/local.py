@@ -82,9 +82,7 @@ def run_locally(
                 slots.free(label)
                 screen.finished(label, outcomes[label])
             if screen.console.is_terminal:
-                shares = {label: how_far(folder.run(label), run.recipe.train.max_steps) for label, (run, _)
-                          in running.items()}  # fmt: skip
-                screen.look(shares)
+                screen.look({label: how_far(folder.run(label)) for label in running})
     return outcomes
 
 
@@ -104,7 +102,7 @@ def _stopped_on_interrupt(
         yield
     except KeyboardInterrupt:
         children = [child for _, child in running.values()]
-        _stop(children)
+        end_gently(children)
         for label, (_, child) in running.items():
             outcomes[label] = settle(folder, label, child)
         raise Interrupted(
@@ -112,7 +110,8 @@ def _stopped_on_interrupt(
         ) from None
 
 
-def _stop(children: Sequence[Child]) -> None:
+def end_gently(children: Sequence[Child]) -> None:
+    """Let runs save their state, and end those that do not, or all of them at a second Ctrl-C."""
     for child in children:
         child.ask_to_stop()
     deadline = time.monotonic() + PATIENCE

@@ -19,7 +19,7 @@ from prefopt.errors import Interrupted, Problem, RecipeError
 from prefopt.sweep.axes import EarlyStopping
 from prefopt.sweep.child import Child, start
 from prefopt.sweep.folder import SweepFolder, cores
-from prefopt.sweep.local import LOOK_EVERY, PATIENCE, run_variables, settle
+from prefopt.sweep.local import LOOK_EVERY, PATIENCE, end_gently, run_variables, settle
 from prefopt.sweep.outcome import Outcome
 from prefopt.sweep.plan import PlannedRun, SweepPlan
 from prefopt.sweep.screen import SweepScreen, how_far
@@ -95,7 +95,7 @@ def _as_tasks(
                 for one in done:
                     label = waiting.pop(one)
                     screen.finished(label, _result(ray, one, folder, label))
-                screen.look({label: how_far(folder.run(label), None) for label in list(waiting.values())[:50]})
+                screen.look({label: how_far(folder.run(label)) for label in list(waiting.values())[:50]})
         except KeyboardInterrupt:
             for one in waiting:
                 ray.cancel(one, force=False)  # raises KeyboardInterrupt in the worker
@@ -121,7 +121,7 @@ def _run_to_its_end(path: str, label: str, sweep: str, threads: int, directory: 
         while child.code() is None:
             time.sleep(LOOK_EVERY)
     except BaseException:
-        _end(child)
+        end_gently([child])
         settle(folder, label, child)
         raise
     return settle(folder, label, child).as_dict()
@@ -131,16 +131,6 @@ def _started(folder: SweepFolder, label: str, sweep: str, threads: int, director
     os.chdir(directory)
     command = ["train", str(folder.recipe(label))]
     return start(command, folder.log(label), threads=threads, environment=run_variables(sweep))
-
-
-def _end(child: Child) -> None:
-    """Let a run save its state, and end it where it does not."""
-    child.ask_to_stop()
-    deadline = time.monotonic() + PATIENCE
-    while child.code() is None and time.monotonic() < deadline:
-        time.sleep(LOOK_EVERY)
-    child.kill()
-    child.process.wait()
 
 
 def _as_trials(
@@ -212,7 +202,7 @@ def _trial_class() -> type:
 
         def cleanup(self) -> None:
             if self.child.code() is None:
-                _end(self.child)
+                end_gently([self.child])
             self._settle()
 
         def _settle(self) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prefopt.screen import Screen
-from prefopt.sweep.folder import SweepFolder, read_result
+from prefopt.sweep.folder import SweepFolder, read_json, read_result
 from prefopt.sweep.outcome import Outcome
 from prefopt.sweep.plan import SweepPlan
 from prefopt.tracking import read_metrics
@@ -108,8 +108,9 @@ def _measured(folder: Path) -> str:
     return ", ".join(said)
 
 
-def how_far(folder: Path, total: int | None) -> tuple[float | None, str]:
-    """Return the share of its steps that a run has done, where the total is known, and its last step in words."""
+def how_far(folder: Path) -> tuple[float | None, str]:
+    """Return the share of its steps that a run has done, None before the first, and its last step in words."""
+    total = read_json(folder / "environment.json").get("steps")
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if "learning_rate" in line]
     if not lines:
         return None, "starting"

@@ -22,7 +22,9 @@
   function draw(place) {
     const key = place.dataset.key, visible = figures[key].panels[shown[key] || 0].visible;
     const data = figures[key].data.map((trace, number) => ({ ...trace, visible: visible[number] }));
-    const options = { responsive: true, displaylogo: false, displayModeBar: "hover", modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]] };
+    const bar = matchMedia("(hover: none)").matches ? false : "hover";
+    place.style.height = `${figures[key].layout.height + 14}px`;
+    const options = { responsive: true, displaylogo: false, displayModeBar: bar, modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]] };
     Plotly.react(place, data, layoutOf(key), options);
   }
 
