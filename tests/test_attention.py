@@ -12,6 +12,7 @@ from tiny import group, tiny_model
 
 from prefopt.attention import AttentionPlan
 from prefopt.attention.choice import backends
+from prefopt.attention.registered import tree_attention
 from prefopt.attention.varlen import gathered_attention, torch_flash
 from prefopt.batching import make_batch
 from prefopt.errors import ModelError, RecipeError

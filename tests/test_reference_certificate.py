@@ -35,7 +35,7 @@ from prefopt_losses import METHODS, LogProbs, get_loss
 @pytest.fixture(autouse=True)
 def cache_of_this_test(tmp_path, monkeypatch):
     """A certificate belongs to a cache: one that other tests filled with the same tiny model has another sample."""
-    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "own-cache"))
 
 
 # Samples and losses -------------------------------------------------------------------------------------------------
