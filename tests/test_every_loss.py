@@ -239,9 +239,9 @@ def test_before_the_first_step_a_loss_has_carried_nothing(tmp_path, monkeypatch)
     given = []
     measure = loop.measure
 
-    def noted(evaluator, policy, wrote, carried):
+    def noted(evaluator, policy, wrote, carried, **rest):
         given.append(carried)
-        return measure(evaluator, policy, wrote, carried)
+        return measure(evaluator, policy, wrote, carried, **rest)
 
     monkeypatch.setattr(loop, "measure", noted)
     run_training(make_recipe(tmp_path, loss="alpha_dpo", eval={"every": 3, "samples": 0}), quiet())

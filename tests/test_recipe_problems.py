@@ -77,8 +77,8 @@ def test_an_unknown_key_at_the_top_is_refused_too() -> None:
     assert problems_with(learning_rate=1e-5)["learning_rate"].fix == 'did you mean "train.learning_rate"?'
 
 
-def test_sweeps_are_announced_and_not_half_done() -> None:
-    assert "not in this version" in problems_with(sweep={"loss.beta": [0.1, 0.2]})["sweep"].fix
+def test_a_sweep_section_points_to_the_command_that_runs_it() -> None:
+    assert "prefopt sweep" in problems_with(sweep={"loss.beta": [0.1, 0.2]})["sweep"].fix
 
 
 @pytest.mark.parametrize(
