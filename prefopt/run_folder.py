@@ -194,11 +194,8 @@ def flat_keys(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _finished(path: Path) -> dict[str, Any] | None:
-    try:
-        result = json.loads((path / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return result if isinstance(result, dict) and result.get("status") == "finished" else None
+    result = read_json(path / RESULT)
+    return result if result.get("status") == "finished" else None
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -241,6 +238,15 @@ def write_text(file: Path, text: str) -> None:
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return a mapping that a file holds; empty where there is none that can be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def write_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:

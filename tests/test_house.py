@@ -102,6 +102,7 @@ def test_the_wheel_holds_both_packages_and_the_recipes_and_the_losses_run_from_i
         "prefopt/data/groups.py",
         "prefopt/recipe/schema.py",
         "prefopt/recipes/quickstart.yaml",
+        "prefopt/report/page/page.html",
         "prefopt_losses/methods/__init__.py",
         "prefopt_losses/py.typed",
     ):

@@ -175,3 +175,30 @@ def test_margins_are_differences_of_log_ratios(tmp_path):
     expected = table.columns["chosen_logratio"] - table.columns["rejected_logratio"]
     assert np.array_equal(table.margins(), expected)
     assert math.isclose(record.clipped, 2 / 3)
+
+
+def test_sums_and_losses_of_ones_own_have_conventions_part_by_part(tmp_path):
+    own = {"name": "mine", "terms": [{"f": "squared", "beta": 0.2, "aggregate": "mean"}]}
+    runs = {"sum": {"loss": "dpo+0.5*sft"}, "own": {"loss": own}, "kto": {"loss": "kto"}, "list": {"loss": "rrhf"}}
+    text = write_report([finished_sweep(tmp_path / "s", runs)], tmp_path / "report", figures=False).markdown.read_text()
+    assert "| dpo+0.5*sft: sft |" in text
+    assert "| mine | squared |" in text
+
+
+def test_equal_results_are_said_to_be_equal_and_not_to_be_nearly_so(tmp_path):
+    runs = {"dpo": {"loss": "dpo"}, "ipo": {"loss": "ipo"}}
+    found = answer(finished_sweep(tmp_path / "s", runs))
+    assert "Exactly the same results on every prompt as ipo." in found.sentences
+    assert not any("0.000 or more" in sentence for sentence in found.sentences)
+
+
+def test_too_few_prompts_to_find_anything_are_said_to_be_too_few(tmp_path):
+    runs = {"dpo": {"loss": "dpo", "prompts": 2}, "ipo": {"loss": "ipo", "prompts": 2, "seed": 1}}
+    found = answer(finished_sweep(tmp_path / "s", runs))
+    assert any("could not have shown any" in sentence for sentence in found.sentences)
+    assert any("at most one seed in common" in sentence for sentence in found.sentences)
+
+
+def test_a_run_that_repeats_another_is_named_and_left_out(tmp_path):
+    found = answer(finished_sweep(tmp_path / "s", {"first": {}, "again": {}}))
+    assert any(warning.startswith("again repeats a setting") for warning in found.warnings)

@@ -178,9 +178,9 @@ def _answer(metric: Metric, standings: Sequence[Standing], versus: Sequence[Vers
             "that one."
         )
     if open_ones:
-        yield _open_words(open_ones)
-    if len(best.setting.finished) == 1 and versus:
-        yield "With one seed this says that these trained models differ, not that the losses do."
+        yield from _open_words(metric, open_ones)
+    if any(one.comparison.seeds == 1 for one in versus):
+        yield "With at most one seed in common this says that these trained models differ, not that the losses do."
 
 
 def _standing_words(metric: Metric, standing: Standing, prompts: Halves) -> str:
@@ -192,15 +192,27 @@ def _standing_words(metric: Metric, standing: Standing, prompts: Halves) -> str:
     )
 
 
-def _open_words(versus: Sequence[Versus]) -> str:
+def _open_words(metric: Metric, versus: Sequence[Versus]) -> Iterator[str]:
     """Say that no difference was shown, and how large one would have had to be."""
-    least = max(one.detectable for one in versus)
-    names = ", ".join(one.other.setting.contestant for one in versus)
-    each = "each of these comparisons" if len(versus) > 1 else "this comparison"
-    return (
-        f"No difference shown from {names}. A difference of {least:.3f} or more would have been found in {each} with a "
-        "chance of 80 %; a smaller one may exist."
+    equal = [one for one in versus if one.comparison.standard_error == 0.0]
+    if equal:
+        yield f"Exactly the same results on every prompt as {_names(equal)}."
+    unequal = [one for one in versus if one.comparison.standard_error > 0.0]
+    if not unequal:
+        return
+    least = max(one.detectable for one in unequal)
+    each = "each of these comparisons" if len(unequal) > 1 else "this comparison"
+    found = (
+        f"A difference of {least:.3f} or more would have been found in {each} with a chance of 80 %; a smaller one may "
+        "exist."
     )
+    if least > metric.span:
+        found = "So few seeds and prompts could not have shown any: more of them are needed."
+    yield f"No difference shown from {_names(unequal)}. {found}"
+
+
+def _names(versus: Sequence[Versus]) -> str:
+    return ", ".join(one.other.setting.contestant for one in versus)
 
 
 def _list(versus: Sequence[Versus]) -> str:
@@ -219,6 +231,8 @@ def _p(p: float) -> str:
 def _left_out(settings: Sequence[Setting]) -> Iterator[str]:
     """Say which settings are not in the running, and why."""
     for setting in settings:
+        for run in setting.repeated:
+            yield f"{run.label} repeats a setting with the same seed and is left out"
         if not setting.complete:
             lost = [run for run in setting.runs if not run.finished]
             why = f": {lost[0].state}{', ' + lost[0].reason if lost[0].reason else ''}" if lost else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -25,6 +26,8 @@ class Metric:
     by_prompt: Callable[[RunRecord], ByPrompt]
     look: str
     """Its name in the looks at held-out data during a run."""
+    span: float = math.inf
+    """The largest difference that there can be."""
 
 
 def accuracy_by_prompt(run: RunRecord) -> ByPrompt:
@@ -50,7 +53,7 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-ACCURACY = Metric("accuracy", "held-out accuracy", "share of comparisons", accuracy_by_prompt, "accuracy")
+ACCURACY = Metric("accuracy", "held-out accuracy", "share of comparisons", accuracy_by_prompt, "accuracy", 1.0)
 GOLD = Metric("gold_reward", "gold reward", "of the policy's own samples", gold_by_prompt, "gold_reward/policy")
 
 

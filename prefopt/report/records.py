@@ -17,7 +17,7 @@ from prefopt.errors import Problem, RecipeError, UserError
 from prefopt.held_out import FILE as HELD_OUT
 from prefopt.recipe import Recipe, load_recipe
 from prefopt.report.strength import Strength, strength_of
-from prefopt.run_folder import FREE_TO_CHANGE, RECIPE, RESULT, SAMPLES, flat_keys, read_json_lines
+from prefopt.run_folder import FREE_TO_CHANGE, RECIPE, RESULT, SAMPLES, flat_keys, read_json, read_json_lines
 from prefopt.tracking import read_metrics
 from prefopt_losses import Loss
 
@@ -138,8 +138,12 @@ class RunRecord:
     @cached_property
     def strength(self) -> Strength:
         """What its beta amounts to."""
-        tokens = self.tokens or (self.held_out.tokens if self.held_out is not None else None)
-        return strength_of(self.loss, tokens)
+        return strength_of(self.loss, self.completion_tokens)
+
+    @property
+    def completion_tokens(self) -> float | None:
+        """Tokens of a completion: as the sweep counted them, else of those held out; None where neither is known."""
+        return self.tokens or (self.held_out.tokens if self.held_out is not None else None)
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
@@ -165,7 +169,7 @@ def _read_sweep(path: Path) -> list[RunRecord]:
     records = []
     for entry in content["runs"]:
         folder, label = path / entry["folder"], entry["label"]
-        status = _json(path / "status" / f"{label}.json")
+        status = read_json(path / "status" / f"{label}.json")
         where = folder if (folder / RECIPE).is_file() else path / "recipes" / f"{label}.yaml"
         record = read_run(where, label=label, status=status, tokens=content.get("tokens"))
         records.append(record)
@@ -188,7 +192,7 @@ def read_run(
         raise RecipeError(Problem("RUN", "the folder of a run or of a sweep", given, "look under runs/"))
     recipe = load_recipe(str(path), check_files=False)
     folder = path if path.is_dir() else path.parent
-    result = _json(folder / RESULT) if path.is_dir() else {}
+    result = read_json(folder / RESULT) if path.is_dir() else {}
     known = status or {}
     finished = result.get("status") == "finished"
     state = "finished" if finished else known.get("state", "unfinished")
@@ -196,14 +200,6 @@ def read_run(
         label or path.name, folder, recipe, recipe.build_loss(), state if state != "finished" or finished else "lost",
         "" if finished else known.get("reason", ""), result if finished else {}, known.get("seconds") or None, tokens,
     )  # fmt: skip
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def refuse_mixture(records: Sequence[RunRecord]) -> None:

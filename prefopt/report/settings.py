@@ -23,6 +23,8 @@ class Setting:
     """By seed."""
     wanted: int
     """Seeds that it should have: as many as the setting with most."""
+    repeated: tuple[RunRecord, ...] = ()
+    """Runs that have the setting and seed of another."""
 
     @property
     def finished(self) -> tuple[RunRecord, ...]:
@@ -43,23 +45,22 @@ def settings_of(records: Sequence[RunRecord]) -> list[Setting]:
     for record in records:
         groups.setdefault(_name(record, varied), []).append(record)
     wanted = max(len({run.seed for run in runs}) for runs in groups.values())
-    return [
-        Setting(
-            name, runs[0].loss.name if len(losses) > 1 else name,
-            {key: runs[0].keys[key] for key in varied if key in runs[0].keys},
-            tuple(sorted(_one_per_seed(runs), key=lambda run: run.seed)), wanted,
-        )
-        for name, runs in groups.items()
-    ]  # fmt: skip
+    return [_setting(name, runs, varied, wanted, several=len(losses) > 1) for name, runs in groups.items()]
 
 
-def _one_per_seed(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Leave out a run that was done twice: the finished one stays."""
+def _setting(name: str, runs: Sequence[RunRecord], varied: Sequence[str], wanted: int, *, several: bool) -> Setting:
+    """Return one setting; of runs with the same seed the first finished one counts."""
     chosen: dict[int, RunRecord] = {}
     for run in runs:
-        if run.seed not in chosen or not chosen[run.seed].finished:
+        if run.seed not in chosen or (run.finished and not chosen[run.seed].finished):
             chosen[run.seed] = run
-    return list(chosen.values())
+    first = runs[0]
+    return Setting(
+        name, first.loss.name if several else name,
+        {key: first.keys[key] for key in varied if key in first.keys},
+        tuple(chosen[seed] for seed in sorted(chosen)), wanted,
+        tuple(run for run in runs if run is not chosen[run.seed]),
+    )  # fmt: skip
 
 
 def varied_keys(records: Sequence[RunRecord]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from prefopt.report.findings import Findings, every_pair
 from prefopt.report.records import RunRecord
 from prefopt.report.settings import Setting
+from prefopt.report.strength import strength_of
 
 Row: TypeAlias = dict[str, Any]
 
@@ -172,19 +173,23 @@ def _verdict(different: bool, difference: float) -> str:
 
 
 def convention_rows(records: Sequence[RunRecord]) -> list[Mapping[str, str]]:
-    """One row per loss: how its numbers are to be read."""
-    seen: dict[str, Mapping[str, str]] = {}
+    """One row per loss, or per part of a sum: how its numbers are to be read."""
+    seen: dict[str, RunRecord] = {}
     for record in records:
-        name = record.loss.name
-        spelled = record.loss.conventions
-        if name not in seen:
-            beta = f"beta {record.strength.unit}" if record.strength.unit else "no beta"
-            seen[name] = {
-                "loss": name,
-                "function": spelled["function"],
-                "scores": spelled["aggregate"],
-                "reference": spelled["reference"],
-                "unit": beta,
-                "strength": record.strength.note or "matched near the reference",
-            }
-    return list(seen.values())
+        seen.setdefault(record.loss.name, record)
+    return [row for record in seen.values() for row in _convention_rows(record)]
+
+
+def _convention_rows(record: RunRecord) -> Iterator[Mapping[str, str]]:
+    parts = [(f"{record.loss.name}: {part.name}", part) for _, part in record.loss.parts]
+    for name, part in parts or [(record.loss.name, record.loss)]:
+        strength = strength_of(part, record.completion_tokens)
+        spelled = part.conventions
+        yield {
+            "loss": name,
+            "function": spelled["function"],
+            "scores": spelled["aggregate"],
+            "reference": spelled["reference"],
+            "unit": f"beta {strength.unit}" if strength.unit else "no beta",
+            "strength": strength.note or "matched near the reference",
+        }

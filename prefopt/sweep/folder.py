@@ -11,7 +11,6 @@ report/            the report and every number of it
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,11 +19,10 @@ from typing import Any
 
 from prefopt.errors import Problem, RecipeError
 from prefopt.recipe import load_recipe
-from prefopt.run_folder import RESULT, differing_keys, recipe_text, write_json, write_text
+from prefopt.report.records import SWEEP
+from prefopt.run_folder import RESULT, differing_keys, read_json, recipe_text, write_json, write_text
 from prefopt.sweep.outcome import Outcome, read_outcome
 from prefopt.sweep.plan import PlannedRun, SweepPlan
-
-SWEEP = "sweep.json"
 
 
 class SweepFolder:
@@ -139,15 +137,6 @@ def _entry(run: PlannedRun) -> dict[str, Any]:
 def read_result(folder: Path) -> dict[str, Any]:
     """Return a run's `result.json`; empty where there is none that can be read."""
     return read_json(folder / RESULT)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return a mapping that a file holds; empty where there is none that can be read."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def unfinished(folder: SweepFolder, runs: Sequence[PlannedRun], *, retry: bool) -> list[PlannedRun]:

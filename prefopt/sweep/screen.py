@@ -13,8 +13,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from prefopt.run_folder import read_json
 from prefopt.screen import Screen
-from prefopt.sweep.folder import SweepFolder, read_json, read_result
+from prefopt.sweep.folder import SweepFolder, read_result
 from prefopt.sweep.outcome import Outcome
 from prefopt.sweep.plan import SweepPlan
 from prefopt.tracking import read_metrics
