@@ -150,7 +150,7 @@ def test_asha_stops_what_falls_behind_and_says_so(tmp_path):
     pytest.importorskip("ray")
     rates = {"train.learning_rate": [1e-3, 1e-9, 1e-10, 1e-11]}
     stopping = {"metric": "eval.accuracy", "grace": 0.2, "factor": 2}
-    train = {"max_steps": 40, "batch_size": 8, "precision": "fp32"}
+    train = {"max_steps": 600, "batch_size": 8, "precision": "fp32"}  # long enough to be overtaken
     looks = {"every": 0.1, "samples": 0, "show": 0}
     folder = write_sweep(tmp_path, {**rates, "early_stopping": stopping}, train=train, eval=looks)
     done = prefopt(folder, "sweep", "mine.yaml", "--threads", "1", "--ray", "local")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from prefopt.errors import Interrupted, Problem, RecipeError
@@ -156,10 +157,35 @@ def _as_trials(
         tune_config=tune.TuneConfig(metric=stopping.metric, mode=mode, scheduler=scheduler, reuse_actors=False),
         run_config=tune.RunConfig(name="ray", storage_path=str(folder.path), verbose=0),
     )
-    tuner.fit()
     for run in runs:
-        outcome = folder.outcome(run.label) or Outcome("killed", "lost with its worker")
-        screen.finished(run.label, outcome)
+        folder.status(run.label).unlink(missing_ok=True)
+    fitted = Event()
+    with screen.progress():
+        announcer = Thread(target=_announce, args=(folder, [run.label for run in runs], screen, fitted))
+        announcer.start()
+        try:
+            tuner.fit()
+        finally:
+            fitted.set()
+            announcer.join()
+
+
+def _announce(folder: SweepFolder, labels: list[str], screen: SweepScreen, fitted: Event) -> None:
+    """Say how each trial ended as its status appears; Tune may be done before the last ones have saved their state."""
+    deadline = None
+    while labels:
+        for label in [label for label in labels if folder.status(label).exists()]:
+            labels.remove(label)
+            screen.finished(label, folder.outcome(label) or Outcome("killed", "its result is gone"))
+        if fitted.is_set():
+            deadline = deadline or time.monotonic() + PATIENCE
+            if time.monotonic() > deadline:
+                break
+        time.sleep(LOOK_EVERY)
+    for label in labels:
+        outcome = Outcome("killed", "lost with its worker")
+        folder.record(label, outcome)
+        screen.finished(label, outcome)
 
 
 def _looks(run: PlannedRun) -> int:
