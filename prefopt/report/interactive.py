@@ -35,7 +35,7 @@ def figure_of(chart: Chart, colors: Mapping[str, str]) -> dict[str, Any]:
 
 def _height(chart: Chart) -> int:
     rows = len(chart.panels[0].series) if chart.panels[0].series[0].kind == "interval" else 0
-    return max(220, 70 + 34 * rows) if rows else 420
+    return max(230, 96 + 34 * rows) if rows else 420
 
 
 def _axes(panel: Panel) -> dict[str, Any]:

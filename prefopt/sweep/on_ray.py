@@ -155,7 +155,13 @@ def _as_trials(
         trainable,
         param_space={**facts, "label": tune.grid_search([run.label for run in runs])},
         tune_config=tune.TuneConfig(metric=stopping.metric, mode=mode, scheduler=scheduler, reuse_actors=False),
-        run_config=tune.RunConfig(name="ray", storage_path=str(folder.path), verbose=0),
+        # runs keep checkpoints of their own
+        run_config=tune.RunConfig(
+            name="ray",
+            storage_path=str(folder.path),
+            verbose=0,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
     )
     for run in runs:
         folder.status(run.label).unlink(missing_ok=True)
