@@ -65,7 +65,7 @@ def test_a_run_that_fails_is_recorded_with_its_reason_and_the_others_finish(tmp_
     assert (folder / "out" / "report" / "report.html").is_file()
     before = (folder / "out" / "runs" / "dpo-learning_rate0.001" / "result.json").stat().st_mtime_ns
     again = prefopt(folder, "sweep", "mine.yaml", "--threads", "1")
-    assert "0 to do, 2 done" in again.stdout
+    assert "0 to do, 1 finished, 1 failed" in again.stdout
     assert (folder / "out" / "runs" / "dpo-learning_rate0.001" / "result.json").stat().st_mtime_ns == before
     assert results(folder)["dpo-learning_rate0.001"]["reference"]["cache_misses"] == 0
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from prefopt.report.charts import Chart, Panel, Series
 
 INCHES = (5.5, 3.6)
 DPI = 200
+LONGEST = 40
+"""Characters of a name in a legend or at an axis."""
 
 
 def draw_figures(charts: Sequence[Chart], colors: Mapping[str, str], folder: Path) -> list[Path]:
@@ -50,7 +53,8 @@ def _draw(axes: Any, panel: Panel, colors: Mapping[str, str]) -> None:
     for place, series in enumerate(violins):
         _draw_violin(axes, series, colors[series.group], place)
     if violins:
-        axes.set_xticks(range(len(violins)), [series.name for series in violins], rotation=20, ha="right")
+        names = [shorten(series.name, LONGEST, placeholder="…") for series in violins]
+        axes.set_xticks(range(len(violins)), names, rotation=20, ha="right")
     if panel.log_x:
         axes.set_xscale("log")
     axes.set_xlabel(panel.x)
@@ -60,7 +64,8 @@ def _draw(axes: Any, panel: Panel, colors: Mapping[str, str]) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         unique = dict(zip(labels, handles))
-        axes.legend(unique.values(), unique.keys(), fontsize=8, frameon=False, ncols=2 if len(unique) > 6 else 1)
+        shortened = [shorten(label, LONGEST, placeholder="…") for label in unique]
+        axes.legend(unique.values(), shortened, fontsize=8, frameon=False, ncols=2 if len(unique) > 6 else 1)
 
 
 def _draw_points(axes: Any, series: Series, color: str) -> None:
@@ -81,7 +86,8 @@ def _draw_bars(axes: Any, series: Series, color: str, number: int, count: int) -
     width = 0.8 / count
     places = [place + (number - (count - 1) / 2) * width for place in range(len(series.x))]
     axes.bar(places, list(series.y), width, color=color, label=series.name)
-    axes.set_xticks(range(len(series.x)), list(series.x), rotation=20, ha="right")
+    names = [shorten(str(name), LONGEST, placeholder="…") for name in series.x]
+    axes.set_xticks(range(len(series.x)), names, rotation=20, ha="right")
 
 
 def _draw_violin(axes: Any, series: Series, color: str, place: int) -> None:

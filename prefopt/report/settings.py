@@ -37,6 +37,10 @@ class Setting:
         return len(self.finished) == self.wanted
 
 
+MOST_PARTS = 4
+"""Runs that differ in more keys are called by their folders."""
+
+
 def settings_of(records: Sequence[RunRecord]) -> list[Setting]:
     """Return the settings, in the order in which they first appear."""
     varied = varied_keys(records)
@@ -83,7 +87,7 @@ def _name(record: RunRecord, varied: Sequence[str]) -> str:
     for key in varied:
         if key != "loss" and key in record.keys:
             parts.append(f"{key.rpartition('.')[2]} {shown(record.keys[key])}")
-    return ", ".join(parts)
+    return ", ".join(parts) if len(parts) <= MOST_PARTS else record.label
 
 
 def shown(value: Any) -> str:

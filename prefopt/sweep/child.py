@@ -97,6 +97,9 @@ def _end_with(parent: int) -> None:
 def main() -> int:
     """Watch the parent, and run the command."""
     parent, command = int(sys.argv[1]), sys.argv[2:]
+    # A background job of a shell ignores Ctrl-C, a thread may block it, and both are inherited.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     from prefopt.cli import main as prefopt
 

@@ -20,7 +20,8 @@ from prefopt.sweep.child import start
 from prefopt.sweep.estimate import ASK_ABOVE, seconds_per_run
 from prefopt.sweep.folder import SweepFolder, cores, unfinished
 from prefopt.sweep.local import Slots, run_locally, visible_gpus
-from prefopt.sweep.outcome import Outcome, outcome_of
+from prefopt.sweep.on_ray import require_ray, run_on_ray
+from prefopt.sweep.outcome import MENDABLE, Outcome, outcome_of
 from prefopt.sweep.plan import PlannedRun, SweepPlan, load_sweep
 from prefopt.sweep.screen import SweepScreen, duration, opening, show_plan
 
@@ -51,13 +52,15 @@ def sweep(recipe: str, overrides: Sequence[str], options: SweepOptions, console:
     """
     plan = load_sweep(recipe, overrides)
     _refuse_early_stopping_here(plan, options)
+    if options.ray is not None:
+        require_ray()
     folder = SweepFolder(plan.folder)
     folder.refuse_other_sweep(plan)
     with folder.held(), _sigterm_is_ctrl_c():
         slots = _slots(folder, options)
         folder.write(plan, threads=slots.threads, command=options.command)
         todo = unfinished(folder, plan.runs, retry=options.retry)
-        opening(console, plan, folder, len(todo), slots.count, slots.threads)
+        opening(console, plan, folder, todo, slots.count, slots.threads)
         if len(todo) > ASK_ABOVE and not options.yes:
             _confirm(folder, plan, todo, slots, console)
         if todo:
@@ -137,8 +140,14 @@ def _confirm(folder: SweepFolder, plan: SweepPlan, todo: Sequence[PlannedRun], s
 
 
 def build_caches(folder: SweepFolder, runs: Sequence[PlannedRun], threads: int, console: Console) -> None:
-    """Score the reference once for all runs, in a process of its own; a failure is said, and runs go on."""
-    for number, run in enumerate(cache_builders(runs)):
+    """Score the reference once for all runs, in a process of its own; a failure is said, and runs go on.
+
+    Raises:
+        RecipeError: no run could begin, for the same reason.
+    """
+    builders = cache_builders(runs)
+    problems = []
+    for number, run in enumerate(builders):
         log = folder.path / "logs" / f"cache{number or ''}.log"
         child = start(["cache", "build", str(folder.recipe(run.label))], log, threads=threads)
         try:
@@ -152,9 +161,13 @@ def build_caches(folder: SweepFolder, runs: Sequence[PlannedRun], threads: int, 
         if code:
             reason = outcome_of(code, False, said, 0.0).reason
             Screen(console).line(f"the reference cache could not be built: {reason} ({log})", style="red")
+            problems += [Problem(str(folder.recipe(run.label)), "a recipe whose reference can be scored", reason,
+                                 "correct it; nothing was trained")] if code == MENDABLE else []  # fmt: skip
         else:
             lines = [line for line in said.splitlines() if "completions needed" in line]
             Screen(console).named("reference", lines[-1] if lines else "nothing to score")
+    if builders and len(problems) == len(builders):
+        raise RecipeError(problems)
 
 
 def _do(
@@ -165,8 +178,6 @@ def _do(
     if options.ray is None:
         run_locally(folder, todo, slots, screen, sweep=plan.name)
         return
-    from prefopt.sweep.on_ray import run_on_ray
-
     run_on_ray(plan, folder, todo, screen, address=options.ray, threads=slots.threads)
 
 

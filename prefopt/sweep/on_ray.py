@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -58,15 +59,19 @@ def run_on_ray(
             raise Interrupted("sweep stopped; the same command goes on from what runs have saved") from None
 
 
+def require_ray() -> None:
+    """Raise RecipeError where Ray is not installed."""
+    if find_spec("ray") is None:
+        fix = 'pip install "prefopt[ray]", or leave --ray out'
+        raise RecipeError(Problem("--ray", "Ray to be installed", "it is not", fix))
+
+
 @contextmanager
 def _cluster(address: str) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        import ray
-    except ImportError as error:
-        fix = 'pip install "prefopt[ray]", or leave --ray out'
-        raise RecipeError(Problem("--ray", "Ray to be installed", "it is not", fix)) from error
+    import ray
+
     where: dict[str, Any] = {"num_cpus": cores()} if address == "local" else {"address": address}
     try:
         ray.init(**where, include_dashboard=False if address == "local" else None, log_to_driver=False,
@@ -138,14 +143,18 @@ def _as_trials(
     plan: SweepPlan, folder: SweepFolder, runs: Sequence[PlannedRun], screen: SweepScreen, stopping: EarlyStopping, *,
     threads: int, gpus: int,
 ) -> None:  # fmt: skip
-    """Do the runs as trials of Ray Tune, where ASHA stops those that fall behind."""
+    """Do the runs as trials of Ray Tune, where ASHA stops those that fall behind.
+
+    A trial is never stopped for its length (`max_t` is out of reach): after its last look a run still saves its model.
+    """
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other output ignores `verbose=0`
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
-    looks = {run.label: _looks(run) for run in runs}
+    most = max(map(_looks, runs))
     scheduler = ASHAScheduler(
-        time_attr="training_iteration", max_t=max(looks.values()), reduction_factor=stopping.factor,
-        grace_period=max(1, round(stopping.grace * max(looks.values()))),
+        time_attr="training_iteration", max_t=most + 2, reduction_factor=stopping.factor,
+        grace_period=max(1, round(stopping.grace * most)),
     )  # fmt: skip
     mode = "min" if stopping.metric in ("eval.loss", "eval.kl", "eval.displacement") else "max"
     facts = {"path": str(folder.path), "sweep": plan.name, "threads": threads, "directory": os.getcwd(),

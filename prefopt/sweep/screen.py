@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +14,9 @@ from rich.text import Text
 
 from prefopt.run_folder import read_json
 from prefopt.screen import Screen
-from prefopt.sweep.folder import SweepFolder, read_result
+from prefopt.sweep.folder import SweepFolder, cores, read_result
 from prefopt.sweep.outcome import Outcome
-from prefopt.sweep.plan import SweepPlan
+from prefopt.sweep.plan import PlannedRun, SweepPlan
 from prefopt.tracking import read_metrics
 
 COLORS = {"finished": "green", "failed": "red", "killed": "red", "interrupted": "yellow", "stopped": "yellow"}
@@ -153,14 +152,17 @@ def show_notes(console: Console, notes: Sequence[str]) -> None:
         Screen(console).named("note", note)
 
 
-def opening(console: Console, plan: SweepPlan, folder: SweepFolder, todo: int, processes: int, threads: int) -> None:
+def opening(
+    console: Console, plan: SweepPlan, folder: SweepFolder, todo: Sequence[PlannedRun], processes: int, threads: int
+) -> None:
     """Say what runs, where, and how."""
     console.print()
     console.print(Text(f"{plan.name}: {len(plan.runs):,} runs over {', '.join(plan.axes.varied())}", style="bold"))
     Screen(console).named("sweep", str(folder.path))
-    done = len(plan.runs) - todo
+    waiting = {run.label for run in todo}
+    states = [one.state for run in plan.runs if run.label not in waiting and (one := folder.outcome(run.label))]
+    settled = "".join(f", {states.count(state):,} {state}" for state in dict.fromkeys(states))
     at_once = f"{processes} at a time, " if processes > 1 else "one after the other, "
-    cores = os.cpu_count() or 1
-    said = f"{todo:,} to do{f', {done:,} done' if done else ''}; {at_once}{threads} threads each of {cores} cores"
-    Screen(console).named("runs", said)
+    each = f"each with {threads} thread{'s' if threads > 1 else ''} of {cores()} cores"
+    Screen(console).named("runs", f"{len(todo):,} to do{settled}; {at_once}{each}")
     show_notes(console, plan.notes)
