@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from world import make_model, make_pairs
+from world import make_model, make_pairs, quiet
 
+from prefopt.errors import RecipeError
 from prefopt.recipe.text import dump_yaml
-from prefopt.sweep.commands import SweepOptions, _slots
+from prefopt.sweep.commands import SweepOptions, _slots, show_commands, sweep
 from prefopt.sweep.folder import SweepFolder
 from prefopt.sweep.local import Slots
 from prefopt.sweep.outcome import Outcome, killed_by, outcome_of
@@ -70,25 +71,24 @@ def test_a_run_that_fails_is_recorded_with_its_reason_and_the_others_finish(tmp_
     assert results(folder)["dpo-learning_rate0.001"]["reference"]["cache_misses"] == 0
 
 
-def test_another_sweep_is_not_put_into_the_folder_and_a_larger_grid_is(tmp_path):
-    folder = write_sweep(tmp_path, {"seed": [0], "train.learning_rate": [1e-3]})
-    assert prefopt(folder, "sweep", "mine.yaml", "--commands").returncode == 0
-    other = prefopt(folder, "sweep", "mine.yaml", "--commands", "train.max_steps=7")
-    assert other.returncode == 2
-    assert "other train.max_steps" in other.stderr
-    larger = prefopt(folder, "sweep", "mine.yaml", "--commands", "sweep.seed=[0, 1]")
-    lines = [line for line in larger.stdout.splitlines() if not line.startswith("#")]
+def test_another_sweep_is_not_put_into_the_folder_and_a_larger_grid_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(write_sweep(tmp_path, {"seed": [0], "train.learning_rate": [1e-3]}))
+    show_commands("mine.yaml", [], "")
+    with pytest.raises(RecipeError, match=r"other train\.max_steps"):
+        show_commands("mine.yaml", ["train.max_steps=7"], "")
+    capsys.readouterr()
+    show_commands("mine.yaml", ["sweep.seed=[0, 1]"], "")
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
     words = [line.partition("prefopt ")[2].split()[0] for line in lines]
     assert words == ["cache", "train", "train", "report"]
-    assert [entry["label"] for entry in SweepFolder(folder / "out").stored()["runs"]] == ["seed0", "seed1"]
+    assert [entry["label"] for entry in SweepFolder(Path("out")).stored()["runs"]] == ["seed0", "seed1"]
 
 
-def test_early_stopping_needs_ray(tmp_path):
-    folder = write_sweep(tmp_path, {"seed": [0, 1], "early_stopping": "asha"})
-    done = prefopt(folder, "sweep", "mine.yaml")
-    assert done.returncode == 2
-    assert "--ray local" in done.stderr
-    assert not (folder / "out").exists()
+def test_early_stopping_needs_ray(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_sweep(tmp_path, {"seed": [0, 1], "early_stopping": "asha"}))
+    with pytest.raises(RecipeError, match="--ray local"):
+        sweep("mine.yaml", [], SweepOptions(), quiet())
+    assert not Path("out").exists()
 
 
 @pytest.mark.slow
@@ -102,12 +102,12 @@ def test_many_runs_are_not_begun_without_asking_and_the_time_is_said(tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_takes_its_runs_along_and_goes_on_from_there(tmp_path):
-    sweep = {"loss.name": ["dpo", "hinge"], "train.learning_rate": [1e-3]}
+    axes = {"loss.name": ["dpo", "hinge"], "train.learning_rate": [1e-3]}
     train = {"max_steps": 60, "batch_size": 8, "precision": "fp32"}
     for name in ("calm", "rough"):
         (tmp_path / name).mkdir()
-    calm = write_sweep(tmp_path / "calm", sweep, train=train)
-    rough = write_sweep(tmp_path / "rough", sweep, train=train)
+    calm = write_sweep(tmp_path / "calm", axes, train=train)
+    rough = write_sweep(tmp_path / "rough", axes, train=train)
     assert prefopt(calm, "sweep", "mine.yaml", "--threads", "1").returncode == 0
     words = [sys.executable, "-m", "prefopt", "sweep", "mine.yaml", "--threads", "1", "-n", "2"]
     process = subprocess.Popen(words, cwd=rough, env=environment(rough), stdout=subprocess.DEVNULL)
@@ -129,10 +129,10 @@ def test_a_sweep_that_is_killed_takes_its_runs_along_and_goes_on_from_there(tmp_
 @pytest.mark.slow
 def test_ray_gives_the_same_results_in_the_same_folders(tmp_path):
     pytest.importorskip("ray")
-    sweep = {"loss.name": ["dpo", "hinge"], "train.learning_rate": [1e-3]}
+    axes = {"loss.name": ["dpo", "hinge"], "train.learning_rate": [1e-3]}
     for name in ("here", "ray"):
         (tmp_path / name).mkdir()
-    here, there = write_sweep(tmp_path / "here", sweep), write_sweep(tmp_path / "ray", sweep)
+    here, there = write_sweep(tmp_path / "here", axes), write_sweep(tmp_path / "ray", axes)
     assert prefopt(here, "sweep", "mine.yaml", "--threads", "1").returncode == 0
     done = prefopt(there, "sweep", "mine.yaml", "--threads", "1", "--ray", "local")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -60,7 +60,7 @@ def sweep(recipe: str, overrides: Sequence[str], options: SweepOptions, console:
         slots = _slots(folder, options)
         folder.write(plan, threads=slots.threads, command=options.command)
         todo = unfinished(folder, plan.runs, retry=options.retry)
-        opening(console, plan, folder, todo, slots.count, slots.threads)
+        opening(console, plan, folder, todo, where=_where(slots, options), threads=slots.threads)
         if len(todo) > ASK_ABOVE and not options.yes:
             _confirm(folder, plan, todo, slots, console)
         if todo:
@@ -114,6 +114,13 @@ def _slots(folder: SweepFolder, options: SweepOptions) -> Slots:
         raise RecipeError(Problem("--threads", f"the {stored} threads with which this sweep began",
                                   str(options.threads), fix))  # fmt: skip
     return Slots(count, options.threads or stored or max(1, cores() // count), gpus)
+
+
+def _where(slots: Slots, options: SweepOptions) -> str:
+    if options.ray is not None:
+        return f"on Ray ({options.ray})"
+    gpus = f" on {len(slots.gpus)} GPUs" if slots.gpus else f" on {cores()} cores"
+    return (f"{slots.count} at a time" if slots.count > 1 else "one after the other") + gpus
 
 
 def _confirm(folder: SweepFolder, plan: SweepPlan, todo: Sequence[PlannedRun], slots: Slots, console: Console) -> None:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from prefopt.run_folder import read_json
 from prefopt.screen import Screen
-from prefopt.sweep.folder import SweepFolder, cores, read_result
+from prefopt.sweep.folder import SweepFolder, read_result
 from prefopt.sweep.outcome import Outcome
 from prefopt.sweep.plan import PlannedRun, SweepPlan
 from prefopt.tracking import read_metrics
@@ -153,7 +153,7 @@ def show_notes(console: Console, notes: Sequence[str]) -> None:
 
 
 def opening(
-    console: Console, plan: SweepPlan, folder: SweepFolder, todo: Sequence[PlannedRun], processes: int, threads: int
+    console: Console, plan: SweepPlan, folder: SweepFolder, todo: Sequence[PlannedRun], *, where: str, threads: int
 ) -> None:
     """Say what runs, where, and how."""
     console.print()
@@ -162,7 +162,6 @@ def opening(
     waiting = {run.label for run in todo}
     states = [one.state for run in plan.runs if run.label not in waiting and (one := folder.outcome(run.label))]
     settled = "".join(f", {states.count(state):,} {state}" for state in dict.fromkeys(states))
-    at_once = f"{processes} at a time, " if processes > 1 else "one after the other, "
-    each = f"each with {threads} thread{'s' if threads > 1 else ''} of {cores()} cores"
-    Screen(console).named("runs", f"{len(todo):,} to do{settled}; {at_once}{each}")
+    each = f"each with {threads} thread{'s' if threads > 1 else ''}"
+    Screen(console).named("runs", f"{len(todo):,} to do{settled}; {where}, {each}")
     show_notes(console, plan.notes)
