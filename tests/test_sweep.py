@@ -40,7 +40,7 @@ def write_sweep(folder: Path, sweep: dict, **changes: object) -> Path:
 def prefopt(folder: Path, *words: str, **options: object) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "prefopt", *words], cwd=folder, env=environment(folder), capture_output=True, text=True,
-        stdin=subprocess.DEVNULL, timeout=280, **options,
+        stdin=subprocess.DEVNULL, timeout=560, **options,
     )  # fmt: skip
 
 
@@ -92,6 +92,7 @@ def test_early_stopping_needs_ray(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_many_runs_are_not_begun_without_asking_and_the_time_is_said(tmp_path):
     folder = write_sweep(tmp_path, {"seed": list(range(600)), "train.learning_rate": [1e-3]})
     done = prefopt(folder, "sweep", "mine.yaml", "--threads", "1")
@@ -101,6 +102,7 @@ def test_many_runs_are_not_begun_without_asking_and_the_time_is_said(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_sweep_that_is_killed_takes_its_runs_along_and_goes_on_from_there(tmp_path):
     axes = {"loss.name": ["dpo", "hinge"], "train.learning_rate": [1e-3]}
     train = {"max_steps": 60, "batch_size": 8, "precision": "fp32"}
@@ -127,6 +129,7 @@ def test_a_sweep_that_is_killed_takes_its_runs_along_and_goes_on_from_there(tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_ray_gives_the_same_results_in_the_same_folders(tmp_path):
     pytest.importorskip("ray")
     axes = {"loss.name": ["dpo", "hinge"], "train.learning_rate": [1e-3]}
@@ -146,6 +149,7 @@ def test_ray_gives_the_same_results_in_the_same_folders(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_asha_stops_what_falls_behind_and_says_so(tmp_path):
     pytest.importorskip("ray")
     rates = {"train.learning_rate": [1e-3, 1e-9, 1e-10, 1e-11]}
