@@ -202,3 +202,61 @@ def test_too_few_prompts_to_find_anything_are_said_to_be_too_few(tmp_path):
 def test_a_run_that_repeats_another_is_named_and_left_out(tmp_path):
     found = answer(finished_sweep(tmp_path / "s", {"first": {}, "again": {}}))
     assert any(warning.startswith("again repeats a setting") for warning in found.warnings)
+
+
+def test_seeds_of_a_setting_stay_together_however_many_keys_vary(tmp_path):
+    runs = {
+        f"{loss}-{beta}-{rate}-{size}-{seed}": {
+            "loss": {"name": loss, "beta": beta}, "learning_rate": rate, "batch_size": size, "max_steps": 640 // size,
+            "seed": seed,
+        }
+        for loss in ("dpo", "ipo") for beta in (0.1, 0.2) for rate in (1e-5, 2e-5) for size in (16, 32)
+        for seed in (0, 1)
+    }  # fmt: skip
+    settings = settings_of(read_runs([finished_sweep(tmp_path / "s", runs)]))
+    assert len(settings) == 16
+    assert all(len(setting.runs) == 2 for setting in settings)
+
+
+def test_values_that_look_alike_when_rounded_are_different_settings(tmp_path):
+    runs = {name: {"learning_rate": rate} for name, rate in (("a", 1.00001e-5), ("b", 1.00002e-5))}
+    settings = settings_of(read_runs([finished_sweep(tmp_path / "s", runs)]))
+    assert len({setting.name for setting in settings}) == 2
+
+
+def test_the_same_path_with_another_content_is_another_setting(tmp_path):
+    sweep = finished_sweep(tmp_path / "s", {"a": {"seed": 0}, "b": {"seed": 1}})
+    for label, digest in (("a", "1" * 64), ("b", "2" * 64)):
+        (sweep / "runs" / label / "inputs.json").write_text(f'{{"pairs.jsonl": "{digest}"}}')
+    names = [setting.name for setting in settings_of(read_runs([sweep]))]
+    assert names == ["content of pairs.jsonl 11111111", "content of pairs.jsonl 22222222"]
+
+
+def test_one_prompt_with_different_outcomes_is_no_equality(tmp_path):
+    runs = {"dpo": {"loss": "dpo", "prompts": 1, "skill": 1.0}, "ipo": {"loss": "ipo", "prompts": 1, "skill": 0.0}}
+    found = answer(finished_sweep(tmp_path / "s", runs))
+    assert not any("Exactly the same" in sentence for sentence in found.sentences)
+    assert any("could not have shown any" in sentence for sentence in found.sentences)
+
+
+def test_a_run_whose_measure_is_not_finite_is_left_out_by_name_and_the_page_still_works(tmp_path):
+    runs = {"dpo": {"loss": "dpo", "gold": True}, "ipo": {"loss": "ipo", "gold": True}}
+    sweep = finished_sweep(tmp_path / "s", runs)
+    file = sweep / "runs" / "dpo" / "samples.jsonl"
+    rows = file.read_text()
+    file.write_text(rows.replace('"policy": 1.0', '"policy": NaN').replace('"policy": 0.0', '"policy": NaN'))
+    looks = sweep / "runs" / "dpo" / "metrics.jsonl"
+    looks.write_text(looks.read_text().replace('"eval/kl": 2.0', '"eval/kl": Infinity'))
+    written = write_report([sweep], tmp_path / "report", figures=False)
+    assert any(warning.startswith("dpo is left out") for warning in written.warnings)
+    html = written.html.read_text()
+    figures = html.split('id="figures">')[1].split("</script>")[0]
+    assert "Infinity" not in figures
+    assert "NaN" not in figures
+
+
+def test_a_damaged_sweep_file_is_said_to_be_one(tmp_path):
+    sweep = finished_sweep(tmp_path / "s", {"a": {}})
+    (sweep / "sweep.json").write_text("{")
+    with pytest.raises(RecipeError, match="damaged"):
+        read_runs([sweep])

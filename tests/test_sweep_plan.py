@@ -217,3 +217,8 @@ def test_labels_are_words_and_all_different():
     assert labels[1].startswith("simpo-beta2-")
     assert len(set(labels)) == 5
     assert all(len(label) <= 122 and "/" not in label and " " not in label for label in labels)
+
+
+def test_no_label_is_given_twice_even_where_one_looks_like_a_numbered_one():
+    changes = [{"model.path": path} for path in ("x y", "x_y", "x_y-2")]
+    assert len(set(labels_of(changes))) == 3

@@ -160,6 +160,7 @@ def _against_beta(findings: Findings, settings: Sequence[Setting]) -> Chart | No
 def _series_by_scale(
     metric: Metric, settings: Sequence[Setting], scale: Callable[[RunRecord], float | None]
 ) -> Iterator[Series]:
+    settings = [each for each in settings if all(metric.by_prompt(run) for run in each.finished)]
     contestants = list(dict.fromkeys(setting.runs[0].loss.name for setting in settings))
     for contestant in contestants:
         own = [each for each in settings if each.runs[0].loss.name == contestant and scale(each.finished[0])]

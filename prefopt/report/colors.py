@@ -9,8 +9,6 @@ PALETTE = (
     "#8C6D31", "#7F6FCB", "#B2A300", "#A05195", "#2F9599", "#888888",
 )  # fmt: skip
 FIXED = {"chosen": "#009E73", "rejected": "#D55E00", "reference": "#888888", "policy": "#0072B2"}
-SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up")
-"""Beyond twelve contestants a colour comes again with another symbol."""
 
 
 def colors_of(groups: Sequence[str]) -> dict[str, str]:

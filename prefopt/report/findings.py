@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -81,7 +82,9 @@ def findings_of(settings: Sequence[Setting]) -> Findings:
     if metric is None:
         said = "no run has finished" if not finished else "no common measure: nothing paired is held out in all runs"
         return Findings(None, Halves((), ()), (), (), (f"There is no answer yet: {said}.",), tuple(warnings))
-    complete = [setting for setting in settings if setting.complete]
+    blind = {run.label for run in finished if not metric.by_prompt(run)}
+    warnings += [f"{label} is left out: it has no finite {metric.title} for every prompt" for label in sorted(blind)]
+    complete = [each for each in settings if each.complete and not any(run.label in blind for run in each.finished)]
     if not complete:
         said = "no setting has finished with all its seeds"
         return Findings(metric, Halves((), ()), (), (), (f"There is no answer yet: {said}.",), tuple(warnings))
@@ -194,10 +197,10 @@ def _standing_words(metric: Metric, standing: Standing, prompts: Halves) -> str:
 
 def _open_words(metric: Metric, versus: Sequence[Versus]) -> Iterator[str]:
     """Say that no difference was shown, and how large one would have had to be."""
-    equal = [one for one in versus if one.comparison.standard_error == 0.0]
+    equal = [one for one in versus if one.comparison.standard_error == 0.0 == one.comparison.difference]
     if equal:
         yield f"Exactly the same results on every prompt as {_names(equal)}."
-    unequal = [one for one in versus if one.comparison.standard_error > 0.0]
+    unequal = [one for one in versus if one not in equal]
     if not unequal:
         return
     least = max(one.detectable for one in unequal)
@@ -206,7 +209,7 @@ def _open_words(metric: Metric, versus: Sequence[Versus]) -> Iterator[str]:
         f"A difference of {least:.3f} or more would have been found in {each} with a chance of 80 %; a smaller one may "
         "exist."
     )
-    if least > metric.span:
+    if least > metric.span or math.isinf(least):
         found = "So few seeds and prompts could not have shown any: more of them are needed."
     yield f"No difference shown from {_names(unequal)}. {found}"
 
@@ -217,9 +220,8 @@ def _names(versus: Sequence[Versus]) -> str:
 
 def _list(versus: Sequence[Versus]) -> str:
     return "; ".join(
-        f"{one.other.setting.contestant} by {abs(one.comparison.difference):.3f} "
-        f"({min(abs(one.comparison.low), abs(one.comparison.high)):.3f} to "
-        f"{max(abs(one.comparison.low), abs(one.comparison.high)):.3f}, p = {_p(one.corrected)})"
+        f"{one.other.setting.contestant} by {one.comparison.difference:+.3f} "
+        f"({one.comparison.low:+.3f} to {one.comparison.high:+.3f}, p = {_p(one.corrected)})"
         for one in versus
     )
 

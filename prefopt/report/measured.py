@@ -26,6 +26,8 @@ class Metric:
     by_prompt: Callable[[RunRecord], ByPrompt]
     look: str
     """Its name in the looks at held-out data during a run."""
+    carried: Callable[[RunRecord], bool]
+    """Whether a run was measured by it at all, be the values finite or not."""
     span: float = math.inf
     """The largest difference that there can be."""
 
@@ -46,24 +48,38 @@ def accuracy_by_prompt(run: RunRecord) -> ByPrompt:
 def gold_by_prompt(run: RunRecord) -> ByPrompt:
     """Return the gold reward of what the policy wrote for each prompt."""
     rows = [row for row in run.samples if (row.get("gold_reward") or {}).get("policy") is not None]
-    return {_digest(row["prompt"]): (float(row["gold_reward"]["policy"]), 1.0) for row in rows}
+    values = {_digest(row["prompt"]): float(row["gold_reward"]["policy"]) for row in rows}
+    return {prompt: (value, 1.0) for prompt, value in values.items()} if np.isfinite([*values.values()]).all() else {}
 
 
 def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-ACCURACY = Metric("accuracy", "held-out accuracy", "share of comparisons", accuracy_by_prompt, "accuracy", 1.0)
-GOLD = Metric("gold_reward", "gold reward", "of the policy's own samples", gold_by_prompt, "gold_reward/policy")
+ACCURACY = Metric(
+    "accuracy",
+    "held-out accuracy",
+    "share of comparisons",
+    accuracy_by_prompt,
+    "accuracy",
+    lambda run: run.held_out is not None,
+    1.0,
+)
+GOLD = Metric(
+    "gold_reward",
+    "gold reward",
+    "of the policy's own samples",
+    gold_by_prompt,
+    "gold_reward/policy",
+    lambda run: any((row.get("gold_reward") or {}).get("policy") is not None for row in run.samples),
+)
 
 
 def primary_metric(runs: Sequence[RunRecord]) -> Metric | None:
-    """Return what the report answers by: the gold reward where every run has it, else held-out accuracy, else none."""
-    finished = [run for run in runs if run.finished]
-    for metric in (GOLD, ACCURACY):
-        if finished and all(metric.by_prompt(run) for run in finished):
-            return metric
-    return None
+    """Return what the report answers by: what most runs have, the gold reward before held-out accuracy; else none."""
+    counts = {metric.name: sum(metric.carried(run) for run in runs) for metric in (GOLD, ACCURACY)}
+    best = max((GOLD, ACCURACY), key=lambda metric: counts[metric.name])
+    return best if counts[best.name] else None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,10 +34,20 @@ def html_page(title: str, parts: Mapping[str, Any], charts: Sequence[Chart], col
     assert loader is not None
     scripts = [get_plotlyjs().replace("</script", "<\\/script"), loader.get_source(environment, "page.js")[0]]
     style = loader.get_source(environment, "page.css")[0]
+    figures = _finite({chart.key: figure_of(chart, colors) for chart in charts})
     return environment.get_template("page.html").render(
-        title=title, parts=parts, charts=charts, figures={chart.key: figure_of(chart, colors) for chart in charts},
+        title=title, parts=parts, charts=charts, figures=figures,
         colors=colors, scripts=scripts, style=style, hashes=[_hash(each) for each in scripts],
     )  # fmt: skip
+
+
+def _finite(value: Any) -> Any:
+    """Return plain data with null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _hash(script: str) -> str:

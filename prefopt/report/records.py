@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prefopt.errors import Problem, RecipeError, UserError
 from prefopt.held_out import FILE as HELD_OUT
 from prefopt.recipe import Recipe, load_recipe
 from prefopt.report.strength import Strength, strength_of
-from prefopt.run_folder import FREE_TO_CHANGE, RECIPE, RESULT, SAMPLES, flat_keys, read_json, read_json_lines
+from prefopt.run_folder import FREE_TO_CHANGE, INPUTS, RECIPE, RESULT, SAMPLES, flat_keys, read_json, read_json_lines
 from prefopt.tracking import read_metrics
 from prefopt_losses import Loss
 
 SWEEP = "sweep.json"
+CONTENT = "content of "
+"""Beginning of a key that says what stood in a file or folder that the run read."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,9 @@ class RunRecord:
             for key, value in flat.items()
             if key not in ("loss", "seed") and not key.startswith(("loss.", *FREE_TO_CHANGE))
         }
-        return {"loss": self.loss.name, **{f"loss.{k}": v for k, v in self.loss.hyperparameters.items()}, **kept}
+        content = {f"{CONTENT}{path}": digest[:8] for path, digest in read_json(self.folder / INPUTS).items()}
+        own = {f"loss.{name}": value for name, value in self.loss.hyperparameters.items()}
+        return {"loss": self.loss.name, **own, **kept, **content}
 
     @property
     def seed(self) -> int:
@@ -126,7 +130,11 @@ class RunRecord:
         file = self.folder / HELD_OUT
         if not self.finished or not file.exists():
             return None
-        table = pq.read_table(file)
+        try:
+            table = pq.read_table(file)
+        except (OSError, pa.ArrowException) as error:
+            fix = "remove this run's folder and run it again"
+            raise RecipeError(Problem(str(file), "held-out comparisons of a run", str(error)[:200], fix)) from error
         columns = {name: table[name].to_numpy() for name in table.column_names if name != "prompt"}
         return HeldOutTable(np.array(table["prompt"].to_pylist()), columns)
 
@@ -165,7 +173,10 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
 
 
 def _read_sweep(path: Path) -> list[RunRecord]:
-    content = json.loads((path / SWEEP).read_text(encoding="utf-8"))
+    content = read_json(path / SWEEP)
+    if not isinstance(content.get("runs"), list):
+        fix = "give the command of the sweep again: it writes the file anew, and finished runs stay"
+        raise RecipeError(Problem(str(path / SWEEP), "the runs of a sweep", "a file that is damaged", fix))
     records = []
     for entry in content["runs"]:
         folder, label = path / entry["folder"], entry["label"]

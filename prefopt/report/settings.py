@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefopt.report.records import RunRecord
+from prefopt.report.records import CONTENT, RunRecord
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,25 @@ class Setting:
 
 
 MOST_PARTS = 4
-"""Runs that differ in more keys are called by their folders."""
+"""A single run that differs in more keys is called by its folder."""
 
 
 def settings_of(records: Sequence[RunRecord]) -> list[Setting]:
-    """Return the settings, in the order in which they first appear."""
+    """Return the settings, in the order in which they first appear; runs of one agree in every key that varies."""
     varied = varied_keys(records)
     losses = {record.loss.name for record in records}
-    groups: dict[str, list[RunRecord]] = {}
+    groups: dict[tuple[str, ...], list[RunRecord]] = {}
     for record in records:
-        groups.setdefault(_name(record, varied), []).append(record)
+        groups.setdefault(tuple(repr(record.keys.get(key)) for key in ("loss", *varied)), []).append(record)
     wanted = max(len({run.seed for run in runs}) for runs in groups.values())
-    return [_setting(name, runs, varied, wanted, several=len(losses) > 1) for name, runs in groups.items()]
+    names = _names(list(groups.values()), varied)
+    return [_setting(name, runs, varied, wanted, several=len(losses) > 1) for name, runs in zip(names, groups.values())]
+
+
+def _names(groups: Sequence[Sequence[RunRecord]], varied: Sequence[str]) -> list[str]:
+    """Return a different name for each group: rounded where that tells them apart, else with every digit."""
+    short = [_name(runs, varied, shown) for runs in groups]
+    return [name if short.count(name) == 1 else _name(runs, varied, str) for name, runs in zip(short, groups)]
 
 
 def _setting(name: str, runs: Sequence[RunRecord], varied: Sequence[str], wanted: int, *, several: bool) -> Setting:
@@ -74,6 +81,8 @@ def varied_keys(records: Sequence[RunRecord]) -> list[str]:
 
 
 def _varies(key: str, records: Sequence[RunRecord]) -> bool:
+    if key.startswith(CONTENT):  # the same path, another content
+        return len({record.keys[key] for record in records if key in record.keys}) > 1
     if not key.startswith("loss."):
         return len({repr(record.keys.get(key)) for record in records}) > 1
     seen: dict[str, set[str]] = {}
@@ -82,12 +91,15 @@ def _varies(key: str, records: Sequence[RunRecord]) -> bool:
     return any(len(values) > 1 for values in seen.values())
 
 
-def _name(record: RunRecord, varied: Sequence[str]) -> str:
-    parts = [record.loss.name] if "loss" in varied or not varied else []
-    for key in varied:
-        if key != "loss" and key in record.keys:
-            parts.append(f"{key.rpartition('.')[2]} {shown(record.keys[key])}")
-    return ", ".join(parts) if len(parts) <= MOST_PARTS else record.label
+def _name(runs: Sequence[RunRecord], varied: Sequence[str], spell: Callable[[Any], str]) -> str:
+    keys = runs[0].keys
+    parts = [runs[0].loss.name] if "loss" in varied or not varied else []
+    parts += [f"{_short(key)} {spell(keys[key])}" for key in varied if key != "loss" and key in keys]
+    return ", ".join(parts) if len(parts) <= MOST_PARTS or len(runs) > 1 else runs[0].label
+
+
+def _short(key: str) -> str:
+    return key if key.startswith(CONTENT) else key.rpartition(".")[2]
 
 
 def shown(value: Any) -> str:

@@ -187,8 +187,8 @@ def power(difference: float, standard_error: float, degrees: float, level: float
 
 def detectable(standard_error: float, degrees: float, level: float = LEVEL, chance: float = 0.8) -> float:
     """Return the true difference that a two-sided t-test finds with the given chance."""
-    if standard_error == 0.0:
-        return 0.0
+    if standard_error == 0.0:  # nothing is known of the noise
+        return math.inf
     low, high = 0.0, 1.0
     while power(high * standard_error, standard_error, degrees, level) < chance and high < 1e6:
         high *= 2

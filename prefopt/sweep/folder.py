@@ -20,7 +20,16 @@ from typing import Any
 from prefopt.errors import Problem, RecipeError
 from prefopt.recipe import load_recipe
 from prefopt.report.records import SWEEP
-from prefopt.run_folder import RESULT, differing_keys, read_json, recipe_text, write_json, write_text
+from prefopt.run_folder import (
+    INPUTS,
+    RESULT,
+    differing_keys,
+    input_hashes,
+    read_json,
+    recipe_text,
+    write_json,
+    write_text,
+)
 from prefopt.sweep.outcome import Outcome, read_outcome
 from prefopt.sweep.plan import PlannedRun, SweepPlan
 
@@ -102,6 +111,8 @@ class SweepFolder:
             if file.exists():
                 for key in differing_keys(load_recipe(str(file), check_files=False), run.recipe):
                     other.setdefault(key, []).append(run.label)
+        for path, label in _changed_inputs(self, plan):
+            other.setdefault(f"content of {path}", []).append(label)
         if other:
             keys = ", ".join(sorted(other)[:6])
             fix = f"choose another output=FOLDER, or remove {self.path}"
@@ -111,8 +122,7 @@ class SweepFolder:
     def write(self, plan: SweepPlan, *, threads: int, command: str) -> None:
         """Write the recipes and `sweep.json`; runs of an earlier, larger or smaller grid stay in it."""
         for run in plan.runs:
-            if not self.recipe(run.label).exists():
-                write_text(self.recipe(run.label), recipe_text(run.recipe))
+            write_text(self.recipe(run.label), recipe_text(run.recipe))
         earlier = self.stored()
         entries = {entry["label"]: entry for entry in earlier.get("runs", [])}
         entries |= {run.label: _entry(run) for run in plan.runs}
@@ -132,6 +142,15 @@ class SweepFolder:
 
 def _entry(run: PlannedRun) -> dict[str, Any]:
     return {"label": run.label, "changes": run.changes, "folder": f"runs/{run.label}"}
+
+
+def _changed_inputs(folder: SweepFolder, plan: SweepPlan) -> Iterator[tuple[str, str]]:
+    """Yield path and run where a file that a run has read has another content now."""
+    begun = [run for run in plan.runs if (folder.run(run.label) / INPUTS).exists()]
+    now = input_hashes(plan.runs[0].recipe) if begun else {}
+    for run in begun:
+        before = read_json(folder.run(run.label) / INPUTS)
+        yield from ((path, run.label) for path in before if path in now and before[path] != now[path])
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,11 +16,10 @@ def labels_of(changes: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return one name for each run, all different: the loss, then each key that varies with its value."""
     short = _short_names({key for each in changes for key in each})
     names: list[str] = []
-    taken: dict[str, int] = {}
     for each in changes:
         name = _cut("-".join(_parts(each, short)) or "run")
-        taken[name] = taken.get(name, 0) + 1
-        names.append(name if taken[name] == 1 else f"{name}-{taken[name]}")
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        names.append(name if name not in names else next(one for one in numbered if one not in names))
     return names
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from prefopt.sweep.plan import PlannedRun, SweepPlan
 from prefopt.sweep.screen import SweepScreen, how_far
 from prefopt.tracking import read_metrics
 
-STEP, TOTAL = "step", "total"
+STEP = "step"
 
 
 def run_on_ray(
@@ -50,6 +51,10 @@ def run_on_ray(
     at = SweepFolder(folder.path.resolve())
     with _cluster(address) as ray:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+        if threads > largest:
+            raise RecipeError(Problem("--threads", f"at most the {largest:g} CPUs of the largest machine",
+                                      str(threads), f"--threads {max(1, int(largest))}"))  # fmt: skip
         try:
             if plan.axes.early_stopping is None:
                 _as_tasks(ray, plan, at, runs, screen, threads=threads, gpus=gpus)
@@ -72,13 +77,15 @@ def _cluster(address: str) -> Iterator[Any]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    where: dict[str, Any] = {"num_cpus": cores()} if address == "local" else {"address": address}
+    before = signal.getsignal(signal.SIGTERM)
+    where: dict[str, Any] = {"address": "local", "num_cpus": cores()} if address == "local" else {"address": address}
     try:
         ray.init(**where, include_dashboard=False if address == "local" else None, log_to_driver=False,
                  logging_level=logging.ERROR, configure_logging=False)  # fmt: skip
     except (ConnectionError, ValueError, RuntimeError) as error:
         fix = "--ray local starts one here; ray start --head starts a cluster"
         raise RecipeError(Problem("--ray", "a cluster that answers", f"{address}: {error}", fix)) from error
+    signal.signal(signal.SIGTERM, before)  # Ray puts its own there, which would save nothing
     try:
         yield ray
     finally:

@@ -40,8 +40,8 @@ def outcome_of(code: int, finished: bool, log: str, seconds: float) -> Outcome:
         log: what this attempt wrote to both streams.
         seconds: the process took.
     """
-    if code == 0 and finished:
-        return Outcome("finished", exit=0, seconds=seconds)
+    if finished:  # its result is written last
+        return Outcome("finished", exit=code, seconds=seconds)
     if code == INTERRUPTED:
         return Outcome("interrupted", "stopped by Ctrl-C; its state is saved", code, seconds)
     if code < 0:

@@ -105,7 +105,7 @@ def _read(name_or_path: str, overrides: Sequence[str]) -> _Source:
     if section is None and not wanted:
         fix = 'add axes: sweep.loss.name="[dpo, ipo]" sweep.seed="[0, 1, 2]"; prefopt train runs a single recipe'
         raise RecipeError([Problem(str(path), "a recipe with a sweep section", "none", fix), *problems])
-    section = _with_overrides(section, wanted)
+    section = _with_overrides(section, wanted, problems)
     axes, wrong = parse_axes(section)
     plain = [change for change in changes if change.path[0] != "sweep"]
     problems += wrong
@@ -120,7 +120,7 @@ def _read(name_or_path: str, overrides: Sequence[str]) -> _Source:
     return _Source(name, mapping, axes, problems)
 
 
-def _with_overrides(section: Any, overrides: Sequence[Override]) -> Any:
+def _with_overrides(section: Any, overrides: Sequence[Override], problems: list[Problem]) -> Any:
     """Set axes and settings from the command line; an axis is one key, dots and all."""
     if section is None:
         section = {}
@@ -132,7 +132,8 @@ def _with_overrides(section: Any, overrides: Sequence[Override]) -> Any:
         if not rest:
             section = change.value
         elif rest[0] in SETTINGS:
-            apply_override(section, Override(tuple(rest), change.value, change.written))
+            found = apply_override(section, Override(tuple(rest), change.value, change.written))
+            problems += [found] if found else []
         else:
             section[".".join(rest)] = change.value
     return section
