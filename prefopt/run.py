@@ -32,22 +32,13 @@ from prefopt.planning import StepPlanner
 from prefopt.policy import Policy, load_policy
 from prefopt.prepare import Prepared, reference_source
 from prefopt.recipe import Recipe
+from prefopt.recipe.measures import BETTER
 from prefopt.reference.running import RunReference
 from prefopt.run_folder import RunFolder, claim_folder, environment, write_json
 from prefopt.sampling import Sample
 from prefopt.schedule import steps_of
 from prefopt.screen import Screen
 from prefopt.tracking import Tracker
-
-BEST = {
-    "eval.loss": min,
-    "eval.kl": min,
-    "eval.displacement": min,
-    "eval.accuracy": max,
-    "eval.margin": max,
-    "eval.gold_reward.policy": max,
-}
-"""Metrics that `checkpoint.best` can name, and which end of them is better."""
 
 
 @dataclass
@@ -284,8 +275,8 @@ def _unknown_best(recipe: Recipe, prepared: Prepared) -> Iterator[Problem]:
     found: tuple[str, str] | None = None
     if best is None:
         return
-    if best not in BEST:
-        found = ("one of " + ", ".join(BEST), best)
+    if best not in BETTER:
+        found = ("one of " + ", ".join(BETTER), best)
     elif prepared.data.eval is None:
         found = ("held-out data to measure it on", "none: set data.eval or data.eval_fraction")
     elif "gold" in best and (recipe.eval.gold_reward is None or not sampled):

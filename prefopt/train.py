@@ -30,9 +30,10 @@ from prefopt.objective import MetricSums
 from prefopt.planning import Step
 from prefopt.prepare import prepare
 from prefopt.recipe import Recipe
+from prefopt.recipe.measures import BETTER
 from prefopt.reference.running import open_reference
 from prefopt.result import finish_run
-from prefopt.run import BEST, Run, claim_together, make_accelerator, refuse_misfits, set_up
+from prefopt.run import Run, claim_together, make_accelerator, refuse_misfits, set_up
 from prefopt.run_folder import REFERENCE_SAMPLES, STEP_ZERO, RunFolder, write_json
 from prefopt.schedule import is_due, learning_rate_at
 from prefopt.screen import Screen
@@ -222,7 +223,7 @@ def _evaluate(run: Run) -> bool:
     for name in metric.split(".")[1:]:
         value = value[name]
     best = run.state.best
-    if best is not None and BEST[metric](best[0], value) == best[0]:
+    if best is not None and BETTER[metric](best[0], value) == best[0]:
         return False
     run.advance(best=(float(value), run.state.step))
     return True

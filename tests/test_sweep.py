@@ -73,11 +73,11 @@ def test_a_run_that_fails_is_recorded_with_its_reason_and_the_others_finish(tmp_
 
 def test_another_sweep_is_not_put_into_the_folder_and_a_larger_grid_is(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(write_sweep(tmp_path, {"seed": [0], "train.learning_rate": [1e-3]}))
-    show_commands("mine.yaml", [], "")
+    show_commands("mine.yaml", [], SweepOptions(), quiet())
     with pytest.raises(RecipeError, match=r"other train\.max_steps"):
-        show_commands("mine.yaml", ["train.max_steps=7"], "")
+        show_commands("mine.yaml", ["train.max_steps=7"], SweepOptions(), quiet())
     capsys.readouterr()
-    show_commands("mine.yaml", ["sweep.seed=[0, 1]"], "")
+    show_commands("mine.yaml", ["sweep.seed=[0, 1]"], SweepOptions(), quiet())
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
     words = [line.partition("prefopt ")[2].split()[0] for line in lines]
     assert words == ["cache", "train", "train", "report"]
@@ -180,7 +180,7 @@ PROBLEM = """
     [
         (0, True, "", "finished", ""),
         (0, False, "", "failed", "ended without a result"),
-        (130, False, "", "interrupted", "its state is saved"),
+        (130, False, "", "interrupted", "stopped by Ctrl-C"),
         (-9, False, "", "killed", "killed by SIGKILL: often the system ran out of memory"),
         (2, False, PROBLEM, "failed", "train.learning_rate: expected a gradient that is finite; given nan at step 3"),
         (1, False, "Traceback\nRuntimeError: boom\n", "failed", "RuntimeError: boom"),

@@ -9,6 +9,7 @@ from prefopt.errors import RecipeError
 from prefopt.recipe import load_recipe
 from prefopt.recipe.text import dump_yaml
 from prefopt.sweep.caches import cache_builders
+from prefopt.sweep.folder import SweepFolder
 from prefopt.sweep.labels import labels_of
 from prefopt.sweep.plan import load_sweep
 
@@ -60,7 +61,7 @@ def test_the_learning_rate_is_an_axis_unless_the_sweep_has_it(recipe):
     assert any(note.startswith("learning rates 3.3e-05, 0.0001, 0.0003") for note in plan.notes)
     one = load_sweep(recipe({"loss.name": ["dpo", "hinge"], **ONE_RATE}))
     assert len(one.runs) == 2
-    assert any(note.startswith("one learning rate, 0.0001") for note in one.notes)
+    assert any(note.startswith("one learning rate, 0.0001") for note in one.terms)
 
 
 def test_points_are_small_grids_and_cross_with_the_axes(recipe):
@@ -119,15 +120,18 @@ def test_other_batch_sizes_see_as_many_comparisons(recipe):
 
 def test_unequal_terms_are_said(recipe):
     plan = load_sweep(recipe({"train.max_steps": [5, 10], **ONE_RATE}))
-    assert any("not on an equal budget" in note for note in plan.notes)
-    assert any(note.startswith("one seed") for note in plan.notes)
+    assert any("40 to 80 comparisons: they are not on an equal budget" in note for note in plan.terms)
+    assert any(note.startswith("one seed") for note in plan.terms)
+    points = [{"loss.name": "dpo"}, {"loss.name": "hinge", "train.learning_rate": [1e-4, 2e-4]}]
+    apart = load_sweep(recipe({"points": points}))
+    assert any(note.startswith("dpo was tried at 1 learning rate and hinge at 2") for note in apart.terms)
 
 
 def test_one_run_builds_the_cache_of_all(recipe):
     names = ["sft", "dpo", "hinge", "simpo"]
     plan = load_sweep(recipe({"loss": names, "seed": [0, 1], **ONE_RATE}))
     assert [run.recipe.build_loss().name for run in cache_builders(plan.runs)] == ["dpo"]
-    apart = load_sweep(recipe({"data.max_length": [32, 64], **ONE_RATE}))
+    apart = load_sweep(recipe({"train.precision": ["fp32", "bf16"], **ONE_RATE}))
     assert len(cache_builders(apart.runs)) == 2
 
 
@@ -148,6 +152,12 @@ def test_the_command_line_changes_axes_and_recipe(recipe):
         ({"seed": [0, 0]}, "sweep.seed", "every value once"),
         ({"eval.samples": [1, 2]}, "sweep.eval.samples", "the same held-out data"),
         ({"data.held_out_seed": [1, 2]}, "sweep.data.held_out_seed", "the same held-out data"),
+        ({"eval": [{"samples": 2}]}, "sweep.eval", "the same held-out data"),
+        ({"data.max_length": [32, 64]}, "sweep.data.max_length", "the same held-out data"),
+        ({"data.train": ["a.jsonl", "b.jsonl"]}, "sweep.data.train", "the same held-out data"),
+        ({"data": [{"train": "a.jsonl"}]}, "sweep.data", "a setting; data is a section"),
+        ({"train": [{"learning_rate": 1}]}, "sweep.train", "a setting; train is a section"),
+        ({"loss.beta": [0.1], "loss": {"beta": [0.2]}}, "sweep.loss.beta", "every key once"),
         ({"output": ["a"]}, "sweep.output", "a key that changes what a run computes"),
         ({"points": [{"loss.beta": 1}], "loss.beta": [1]}, "sweep.loss.beta", "every key once"),
         ({"points": {}}, "sweep.points", "a list of mappings"),
@@ -155,7 +165,19 @@ def test_the_command_line_changes_axes_and_recipe(recipe):
         ({"seed": {"choice": [0, 1]}}, "sweep.samples", "how often to draw"),
         ({"seed": [0], "samples": 3}, "sweep.samples", "an axis to draw from"),
         ({"seed": [0], "match": "kapa"}, "sweep.match", "kappa"),
+        ({"seed": [0], "match": {"tokens": True}}, "sweep.match", "kappa"),
         ({"seed": [0], "early_stopping": {"grace": 2}}, "sweep.early_stopping.grace", "a share of the run"),
+        ({"seed": [0], "early_stopping": {"metric": "eval.acc"}}, "sweep.early_stopping.metric", "eval.accuracy"),
+        (
+            {"loss": ["dpo", "ipo"], "early_stopping": {"metric": "eval.loss"}},
+            "sweep.early_stopping.metric",
+            "a measure that compares these runs",
+        ),
+        (
+            {"seed": [0], "early_stopping": {"metric": "eval.gold_reward.policy"}},
+            "sweep.early_stopping.metric",
+            "taken during the run",
+        ),
         ([], "sweep", "a mapping from recipe keys to lists of values"),
     ],
 )
@@ -175,9 +197,70 @@ def test_a_mistake_that_some_runs_have_names_them_once(recipe):
     assert "sweep.points" in found.fix
 
 
-def test_an_axis_is_not_overridden_like_a_key(recipe):
-    (found,) = problems(recipe({"seed": [0, 1]}), "seed=3")
-    assert "sweep.seed=[3]" in found.fix
+@pytest.mark.parametrize(
+    ("axes", "written", "fix"),
+    [
+        ({"seed": [0, 1]}, "seed=3", "sweep.seed=[3]"),
+        ({"loss.name": ["dpo", "hinge"]}, "loss=ipo", "sweep.loss.name=[ipo]"),
+        ({"loss": ["dpo", "hinge"]}, "loss.beta=0.3", "write it into the values of loss"),
+    ],
+)
+def test_what_an_axis_decides_is_not_changed_like_a_key(recipe, axes, written, fix):
+    (found,) = problems(recipe(axes), written)
+    assert found.where == written
+    assert fix in found.fix
+
+
+def test_an_axis_of_the_file_is_replaced_however_it_is_nested(recipe):
+    plan = load_sweep(recipe({"loss": {"beta": [0.1, 0.2]}, **ONE_RATE}), ["sweep.loss.beta=[0.3]"])
+    assert [run.recipe.build_loss().hyperparameters["beta"] for run in plan.runs] == [0.3]
+
+
+def test_equal_combinations_run_once_and_it_is_said(recipe):
+    points = [{"loss": "dpo"}, {"loss": {"name": "dpo", "beta": 0.1}}, {"loss": "hinge"}]
+    plan = load_sweep(recipe({"points": points, **ONE_RATE}))
+    assert len(plan.runs) == 2
+    assert any("1 of 3 combinations repeat another" in note for note in plan.notes)
+
+
+def test_training_data_vary_where_held_out_data_are_given(recipe, tmp_path):
+    files = [str(make_pairs(tmp_path / f"{name}.jsonl")) for name in ("a", "b", "held")]
+    data = {"train": files[0], "eval": files[2], "processes": 1}
+    plan = load_sweep(recipe({"data.train": files[:2], **ONE_RATE}, data=data))
+    assert len(plan.runs) == 2
+    assert any(note == "runs differ in their data (data.train)" for note in plan.terms)
+    found = problems(recipe({"data.train": [*files[:1], "no.jsonl", "none.jsonl"], **ONE_RATE}, data=data))
+    assert [each.given.split(",")[0] for each in found] == ["no.jsonl", "none.jsonl"]
+
+
+def test_without_a_beta_every_loss_is_matched_to_dpos_default(recipe):
+    plan = load_sweep(recipe({"loss": ["dpo", "gpo_exponential"], "match": "kappa", **ONE_RATE}))
+    assert [run.recipe.build_loss().hyperparameters["beta"] for run in plan.runs] == [0.1, 0.05]
+    assert any("matched to DPO's default, 0.1" in note for note in plan.notes)
+
+
+def test_a_run_keeps_the_name_under_which_it_is_known_when_the_grid_grows(recipe):
+    first = load_sweep(recipe({"loss.name": ["dpo", "hinge"], **ONE_RATE}))
+    folder = SweepFolder(first.folder)
+    with folder.held():
+        folder.write(folder.adopt(first), threads=1, command="")
+    wider = {"loss.name": ["dpo", "hinge"], "train.learning_rate": [1e-4, 2e-4]}
+    labels = [run.label for run in folder.adopt(load_sweep(recipe(wider))).runs]
+    assert labels == ["dpo", "dpo-learning_rate0.0002", "hinge", "hinge-learning_rate0.0002"]
+    other = {"loss.name": ["dpo"], "train.learning_rate": [5e-4]}
+    (run,) = folder.adopt(load_sweep(recipe(other))).runs
+    assert run.label == "dpo-learning_rate0.0005"
+    assert run.recipe.output.endswith("runs/dpo-learning_rate0.0005")
+
+
+def test_a_folder_takes_no_runs_of_another_recipe_under_new_names(recipe):
+    first = load_sweep(recipe({"loss.name": ["dpo"], **ONE_RATE}))
+    folder = SweepFolder(first.folder)
+    with folder.held():
+        folder.write(first, threads=1, command="")
+    for change in ("train.max_steps=50", "eval.samples=3", "data.eval_fraction=0.4"):
+        with pytest.raises(RecipeError, match=f"other {change.partition('=')[0]}"):
+            folder.adopt(load_sweep(recipe({"loss.name": ["hinge"], "seed": [4], **ONE_RATE}), [change]))
 
 
 def test_a_missing_file_is_found_before_anything_runs(recipe):
@@ -192,7 +275,7 @@ def test_more_runs_than_anybody_wants_are_refused(recipe):
 
 @pytest.mark.parametrize(("name", "runs"), [("sweep-gpo", 162), ("sweep-losses", 180), ("sweep-lora-7b", 27)])
 def test_shipped_sweeps_are_valid(name, runs, monkeypatch):
-    monkeypatch.setattr("prefopt.sweep.plan.completion_tokens", lambda recipe: 33.9)
+    monkeypatch.setattr("prefopt.sweep.source.completion_tokens", lambda recipe: 33.9)
     plan = load_sweep(name)
     assert len(plan.runs) == runs
     assert len(cache_builders(plan.runs)) == 1

@@ -98,23 +98,19 @@ def sweep(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before a large sweep.")] = False,
 ) -> None:
     """Compare losses: every run of a sweep on equal terms, and a report. Run it again to resume."""
-    import shlex
     import sys
 
     from prefopt.cli.printing import console
     from prefopt.sweep.commands import SweepOptions, preview, show_commands
     from prefopt.sweep.commands import sweep as run_sweep
 
-    command = shlex.join(["prefopt", "sweep", recipe, *(overrides or ())])
+    options = SweepOptions(processes, threads, ray, retry, yes)
     if plan:
         preview(recipe, overrides or (), console())
     elif commands:
-        show_commands(recipe, overrides or (), command)
-    else:
-        options = SweepOptions(processes, threads, ray, retry, yes, command)
-        outcomes = run_sweep(recipe, overrides or (), options, console())
-        if any(outcome.state != "finished" for outcome in outcomes.values()):
-            sys.exit(1)
+        show_commands(recipe, overrides or (), options, console())
+    elif not run_sweep(recipe, overrides or (), options, console()):
+        sys.exit(1)
 
 
 @app.command()

@@ -13,14 +13,15 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from prefopt.errors import Interrupted, Problem, RecipeError
+from prefopt.errors import Interrupted, Problem, RecipeError, UserError
 from prefopt.screen import Screen
+from prefopt.sweep.asha import run_under_asha
 from prefopt.sweep.caches import cache_builders
 from prefopt.sweep.child import start
 from prefopt.sweep.estimate import ASK_ABOVE, seconds_per_run
 from prefopt.sweep.folder import SweepFolder, cores, unfinished
 from prefopt.sweep.local import Slots, run_locally, visible_gpus
-from prefopt.sweep.on_ray import require_ray, run_on_ray
+from prefopt.sweep.on_ray import cluster, require_ray, run_on_ray
 from prefopt.sweep.outcome import MENDABLE, Outcome, outcome_of
 from prefopt.sweep.plan import PlannedRun, SweepPlan, load_sweep
 from prefopt.sweep.screen import SweepScreen, duration, opening, show_plan
@@ -36,65 +37,74 @@ class SweepOptions:
     """`local`, or the address of a cluster."""
     retry: bool = False
     yes: bool = False
-    command: str = ""
-    """What was typed, for the report."""
 
 
-def sweep(recipe: str, overrides: Sequence[str], options: SweepOptions, console: Console) -> dict[str, Outcome]:
+def sweep(recipe: str, overrides: Sequence[str], options: SweepOptions, console: Console) -> bool:
     """Do what is left of a sweep, and report.
 
     Returns:
-        how each planned run has ended.
+        whether every run has ended as it should, and the report is written.
 
     Raises:
         RecipeError: the sweep cannot be run as it is written.
         Interrupted: Ctrl-C; what runs has saved its state.
     """
-    plan = load_sweep(recipe, overrides)
+    plan, folder = _planned(recipe, overrides, console)
     _refuse_early_stopping_here(plan, options)
     if options.ray is not None:
         require_ray()
-    folder = SweepFolder(plan.folder)
-    folder.refuse_other_sweep(plan)
     with folder.held(), _sigterm_is_ctrl_c():
         slots = _slots(folder, options)
-        folder.write(plan, threads=slots.threads, command=options.command)
         todo = unfinished(folder, plan.runs, retry=options.retry)
         opening(console, plan, folder, todo, where=_where(slots, options), threads=slots.threads)
         if len(todo) > ASK_ABOVE and not options.yes:
             _confirm(folder, plan, todo, slots, console)
+        with console.status("writing the recipes"):
+            folder.write(plan, threads=slots.threads, command=_typed(recipe, overrides, slots.threads, options))
         if todo:
-            build_caches(folder, todo, slots.threads, console)
             _do(plan, folder, todo, slots, options, console)
         outcomes = {run.label: folder.outcome(run.label) or Outcome("interrupted") for run in plan.runs}
-        _conclude(plan, folder, outcomes, console)
-    return outcomes
+        reported = _conclude(plan, folder, outcomes, console)
+    return reported and all(outcome.state in ("finished", "stopped") for outcome in outcomes.values())
 
 
-def show_commands(recipe: str, overrides: Sequence[str], command: str) -> None:
+def show_commands(recipe: str, overrides: Sequence[str], options: SweepOptions, console: Console) -> None:
     """Print a sweep as shell commands, for Slurm or any other scheduler; recipes are written, nothing runs."""
-    plan = load_sweep(recipe, overrides)
-    folder = SweepFolder(plan.folder)
-    folder.refuse_other_sweep(plan)
+    plan, folder = _planned(recipe, overrides, console)
     with folder.held():
-        threads = int(folder.stored().get("threads") or cores())
-        folder.write(plan, threads=threads, command=command)
+        threads = _slots(folder, options).threads
+        folder.write(plan, threads=threads, command=_typed(recipe, overrides, threads, options))
         todo = unfinished(folder, plan.runs, retry=True)
     print("# first, once: the reference is scored for all runs")
     for run in cache_builders(todo):
         print(f"prefopt cache build {shlex.quote(str(folder.recipe(run.label)))}")
     print("# then each of these, in any order, as many at a time as you like; running one again resumes it")
     for run in todo:
-        print(f"OMP_NUM_THREADS={threads} prefopt train {shlex.quote(str(folder.recipe(run.label)))}")
+        group = "" if run.recipe.tracking.wandb == "off" else f"WANDB_RUN_GROUP={shlex.quote(plan.name)} "
+        print(f"{group}OMP_NUM_THREADS={threads} prefopt train {shlex.quote(str(folder.recipe(run.label)))}")
     print("# at the end")
     print(f"prefopt report {shlex.quote(str(folder.path))}")
 
 
 def preview(recipe: str, overrides: Sequence[str], console: Console) -> None:
     """Print every run of a sweep and what its beta amounts to; nothing is written."""
-    plan = load_sweep(recipe, overrides)
-    folder = SweepFolder(plan.folder)
+    plan, folder = _planned(recipe, overrides, console)
     show_plan(console, plan, {run.label: folder.outcome(run.label) for run in plan.runs})
+
+
+def _planned(recipe: str, overrides: Sequence[str], console: Console) -> tuple[SweepPlan, SweepFolder]:
+    with console.status("planning"):
+        plan = load_sweep(recipe, overrides)
+        folder = SweepFolder(plan.folder)
+        return folder.adopt(plan), folder
+
+
+def _typed(recipe: str, overrides: Sequence[str], threads: int, options: SweepOptions) -> str:
+    """Return the command that repeats a sweep, for the report: with the threads, for results depend on them."""
+    words = ["prefopt", "sweep", recipe, *overrides, "--threads", str(threads)]
+    words += [] if options.processes is None else ["--processes", str(options.processes)]
+    words += [] if options.ray is None else ["--ray", options.ray]
+    return shlex.join(words)
 
 
 def _refuse_early_stopping_here(plan: SweepPlan, options: SweepOptions) -> None:
@@ -131,7 +141,8 @@ def _confirm(folder: SweepFolder, plan: SweepPlan, todo: Sequence[PlannedRun], s
         Interrupted: the answer was no.
     """
     Screen(console).named("", f"{len(todo):,} runs: watching the first one to say how long they will take")
-    each = seconds_per_run(folder, plan.runs, threads=slots.threads)
+    folder.write_recipe(plan.runs[0])
+    each = seconds_per_run(folder, plan.runs, sweep=plan.name, threads=slots.threads)
     if each is None:
         last = folder.outcome(plan.runs[0].label)
         said = f"how long they take could not be found out ({last.reason if last else 'the first one did not begin'})"
@@ -155,7 +166,7 @@ def build_caches(folder: SweepFolder, runs: Sequence[PlannedRun], threads: int, 
     builders = cache_builders(runs)
     problems = []
     for number, run in enumerate(builders):
-        log = folder.path / "logs" / f"cache{number or ''}.log"
+        log = folder.cache_log(number)
         child = start(["cache", "build", str(folder.recipe(run.label))], log, threads=threads)
         try:
             with console.status("scoring the reference, once for all runs"):
@@ -181,15 +192,22 @@ def _do(
     plan: SweepPlan, folder: SweepFolder, todo: Sequence[PlannedRun], slots: Slots, options: SweepOptions,
     console: Console,
 ) -> None:  # fmt: skip
+    """Score the reference, then do the runs: here, or on a cluster that has answered before anything is scored."""
     screen = SweepScreen(console, folder, len(todo), slots.count)
     if options.ray is None:
+        build_caches(folder, todo, slots.threads, console)
         run_locally(folder, todo, slots, screen, sweep=plan.name)
         return
-    run_on_ray(plan, folder, todo, screen, address=options.ray, threads=slots.threads)
+    with cluster(options.ray, threads=slots.threads) as at:
+        build_caches(folder, todo, slots.threads, console)
+        if plan.axes.early_stopping is None:
+            run_on_ray(at, folder, todo, screen, sweep=plan.name)
+        else:
+            run_under_asha(at, folder, todo, screen, plan.axes.early_stopping, sweep=plan.name)
 
 
-def _conclude(plan: SweepPlan, folder: SweepFolder, outcomes: dict[str, Outcome], console: Console) -> None:
-    """Say what did not finish and why, and write the report of what did."""
+def _conclude(plan: SweepPlan, folder: SweepFolder, outcomes: dict[str, Outcome], console: Console) -> bool:
+    """Say what did not finish and why, and write the report of what did; returns whether there is nothing to mend."""
     screen = Screen(console)
     finished = [label for label, outcome in outcomes.items() if outcome.state == "finished"]
     console.print()
@@ -200,13 +218,18 @@ def _conclude(plan: SweepPlan, folder: SweepFolder, outcomes: dict[str, Outcome]
     if any(outcome.state == "failed" for outcome in outcomes.values()):
         screen.line("--retry does failed runs again", style="dim")
     if not finished:
-        return
+        return True
     from prefopt.report.commands import write_report
 
-    written = write_report([folder.path], folder.path / "report")
+    try:
+        written = write_report([folder.path], folder.path / "report")
+    except UserError as error:
+        screen.line(f"the runs are kept, but there is no report of them: {error}", style="red")
+        return False
     for line in written.answer:
         screen.named("" if line is not written.answer[0] else "answer", line)
     screen.named("report", str(written.html))
+    return True
 
 
 @contextmanager

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from prefopt.sweep.child import start
+from prefopt.sweep.child import Child, start
 from prefopt.sweep.folder import SweepFolder
-from prefopt.sweep.local import end_gently, settle
+from prefopt.sweep.local import end_gently, run_variables, settle
 from prefopt.sweep.plan import PlannedRun
 from prefopt.sweep.screen import how_far
 
@@ -17,22 +18,37 @@ SHARE, LONGEST = 0.2, 180.0
 """The first run is watched until this share of its steps is done, or for so many seconds."""
 
 
-def seconds_per_run(folder: SweepFolder, runs: Sequence[PlannedRun], *, threads: int) -> float | None:
+def seconds_per_run(folder: SweepFolder, runs: Sequence[PlannedRun], *, sweep: str, threads: int) -> float | None:
     """Return the seconds that one run takes; None where it could not be found out.
 
     Where none of the sweep has ended, the first one begins, is watched for a while and stopped with its state saved:
-    the time is not lost.
+    the time is not lost. What it reads of the reference is scored before, for later runs do not do it again.
     """
     known = [one.seconds for run in runs if (one := folder.outcome(run.label)) and one.state == "finished"]
     known = [seconds for seconds in known if seconds]
     if known:
         return sum(known) / len(known)
-    return _watch(folder, runs[0], threads)
+    first = runs[0]
+    if first.recipe.reference.cache != "off":
+        scoring = start(["cache", "build", str(folder.recipe(first.label))], folder.cache_log(), threads=threads)
+        with _ended_in_any_case(scoring):
+            scoring.process.wait()
+    return _watch(folder, first, sweep, threads)
 
 
-def _watch(folder: SweepFolder, run: PlannedRun, threads: int) -> float | None:
+@contextmanager
+def _ended_in_any_case(child: Child) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        child.kill()
+        child.process.wait()
+
+
+def _watch(folder: SweepFolder, run: PlannedRun, sweep: str, threads: int) -> float | None:
     began = time.time()
-    child = start(["train", str(folder.recipe(run.label))], folder.log(run.label), threads=threads)
+    command = ["train", str(folder.recipe(run.label))]
+    child = start(command, folder.log(run.label), threads=threads, environment=run_variables(sweep))
     try:
         while child.code() is None and child.seconds() < LONGEST:
             time.sleep(0.2)

@@ -14,6 +14,7 @@ import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,12 @@ from prefopt.run_folder import (
     write_json,
     write_text,
 )
+from prefopt.sweep.labels import labels_of
 from prefopt.sweep.outcome import Outcome, read_outcome
 from prefopt.sweep.plan import PlannedRun, SweepPlan
+
+DECIDE_TOGETHER = (("train.max_steps", "train.epochs", "train.batch_size"),)
+"""Keys of which one follows from another: with one of them the others vary."""
 
 
 class SweepFolder:
@@ -51,6 +56,10 @@ class SweepFolder:
     def log(self, label: str) -> Path:
         """Return the file that takes what a run's process writes."""
         return self.path / "logs" / f"{label}.log"
+
+    def cache_log(self, number: int = 0) -> Path:
+        """Return the file that takes what the scoring of the reference writes; several where runs differ in it."""
+        return self.path / "logs" / f"cache{number or ''}.log"
 
     def status(self, label: str) -> Path:
         """Return the file that says how a run ended."""
@@ -100,57 +109,89 @@ class SweepFolder:
                 pass  # a file system without locks
             yield
 
-    def refuse_other_sweep(self, plan: SweepPlan) -> None:
-        """Raise RecipeError where the folder holds a single run, or runs of these names with other recipes."""
-        if (self.path / "recipe.yaml").exists():
-            given = f"{self.path}, which holds a single run"
-            raise RecipeError(Problem("output", "a folder for a sweep", given, "choose another output=FOLDER"))
-        other: dict[str, list[str]] = {}
+    def adopt(self, plan: SweepPlan) -> SweepPlan:
+        """Return the plan with the names that its runs have here already, and free ones for new runs.
+
+        Raises:
+            RecipeError: the folder holds a single run, or a sweep of another recipe.
+        """
+        refuse_other_sweep(self, plan)
+        entries = self.stored().get("runs", [])
+        known = {entry["digest"]: entry["label"] for entry in entries}
+        taken = {entry["label"] for entry in entries}
+        runs = []
         for run in plan.runs:
-            file = self.recipe(run.label)
-            if file.exists():
-                for key in differing_keys(load_recipe(str(file), check_files=False), run.recipe):
-                    other.setdefault(key, []).append(run.label)
-        for path, label in _changed_inputs(self, plan):
-            other.setdefault(f"content of {path}", []).append(label)
-        if other:
-            keys = ", ".join(sorted(other)[:6])
-            fix = f"choose another output=FOLDER, or remove {self.path}"
-            given = f"{self.path} has runs of these names with other {keys} ({next(iter(other.values()))[0]})"
-            raise RecipeError(Problem("output", "a new folder, or one of the same sweep", given, fix))
+            label = known.get(run.digest, run.label)
+            if run.digest not in known:
+                label = run.label if run.label not in taken else labels_of([run.changes], taken)[0]
+                taken.add(label)
+            runs.append(run if label == run.label else run.called(label, self.path))
+        return replace(plan, runs=tuple(runs))
+
+    def write_recipe(self, run: PlannedRun) -> None:
+        """Write the whole recipe of a run."""
+        write_text(self.recipe(run.label), recipe_text(run.recipe))
 
     def write(self, plan: SweepPlan, *, threads: int, command: str) -> None:
         """Write the recipes and `sweep.json`; runs of an earlier, larger or smaller grid stay in it."""
-        for run in plan.runs:
-            write_text(self.recipe(run.label), recipe_text(run.recipe))
         earlier = self.stored()
+        stayed = earlier.get("output") == str(plan.folder)  # 10 ms each: not again for thousands of runs
+        for run in plan.runs:
+            if not (stayed and self.recipe(run.label).exists()):
+                self.write_recipe(run)
         entries = {entry["label"]: entry for entry in earlier.get("runs", [])}
         entries |= {run.label: _entry(run) for run in plan.runs}
         commands = dict.fromkeys([*earlier.get("commands", []), command])
         content = {
             "name": plan.name,
+            "output": str(plan.folder),
             "commands": list(commands),
             "threads": threads,
-            "axes": plan.axes.varied(),
+            "axes": list(dict.fromkeys([*earlier.get("axes", []), *plan.axes.varied()])),
             "match": None if plan.axes.match is None else "kappa",
-            "tokens": plan.tokens,
-            "notes": list(plan.notes),
+            "tokens": plan.tokens or earlier.get("tokens"),
+            "notes": list(dict.fromkeys([*earlier.get("notes", []), *plan.notes])),
             "runs": list(entries.values()),
         }
         write_json(self.path / SWEEP, content)
 
 
 def _entry(run: PlannedRun) -> dict[str, Any]:
-    return {"label": run.label, "changes": run.changes, "folder": f"runs/{run.label}"}
+    return {"label": run.label, "changes": run.changes, "folder": f"runs/{run.label}", "digest": run.digest}
 
 
-def _changed_inputs(folder: SweepFolder, plan: SweepPlan) -> Iterator[tuple[str, str]]:
-    """Yield path and run where a file that a run has read has another content now."""
+def refuse_other_sweep(folder: SweepFolder, plan: SweepPlan) -> None:
+    """Raise RecipeError where a folder holds a single run, a sweep of another recipe, or runs on other files."""
+    if (folder.path / "recipe.yaml").exists():
+        given = f"{folder.path}, which holds a single run"
+        raise RecipeError(Problem("output", "a folder for a sweep", given, "choose another output=FOLDER"))
+    content = [f"content of {path}" for path in _changed_inputs(folder, plan)]
+    if other := [*_other_base(folder, plan), *dict.fromkeys(content)]:
+        fix = f"choose another output=FOLDER, or remove {folder.path}"
+        given = f"{folder.path} has runs with other {', '.join(other[:6])}"
+        raise RecipeError(Problem("output", "a new folder, or one of the same sweep", given, fix))
+
+
+def _other_base(folder: SweepFolder, plan: SweepPlan) -> list[str]:
+    """Return the keys in which this sweep differs from the stored one though neither varies them."""
+    stored = folder.stored()
+    file = next((one for entry in stored.get("runs", []) if (one := folder.recipe(entry["label"])).exists()), None)
+    if file is None:
+        return []
+    varied = {*stored.get("axes", []), *plan.axes.varied()}
+    free = {key for group in DECIDE_TOGETHER if varied & set(group) for key in group}
+    free |= {"loss"} if any(key.startswith("loss.") for key in varied) else set()
+    differing = differing_keys(load_recipe(str(file), check_files=False), plan.runs[0].recipe)
+    return [key for key in differing if not any(f"{key}.".startswith(f"{one}.") for one in varied | free)]
+
+
+def _changed_inputs(folder: SweepFolder, plan: SweepPlan) -> Iterator[str]:
+    """Yield the files that a run has read and that have another content now."""
     begun = [run for run in plan.runs if (folder.run(run.label) / INPUTS).exists()]
     now = input_hashes(plan.runs[0].recipe) if begun else {}
     for run in begun:
         before = read_json(folder.run(run.label) / INPUTS)
-        yield from ((path, run.label) for path in before if path in now and before[path] != now[path])
+        yield from (path for path in before if path in now and before[path] != now[path])
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -5,22 +5,29 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 LONGEST = 120
 """Characters; file systems allow 255, and the log's ending comes on top."""
 
 
-def labels_of(changes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return one name for each run, all different: the loss, then each key that varies with its value."""
+def labels_of(changes: Sequence[Mapping[str, Any]], taken: Collection[str] = ()) -> list[str]:
+    """Return one name for each run, all different: the loss, then each key that varies with its value.
+
+    Args:
+        changes: of each run.
+        taken: names that no run may get.
+    """
     short = _short_names({key for each in changes for key in each})
-    names: list[str] = []
+    names: dict[str, None] = {}
     for each in changes:
         name = _cut("-".join(_parts(each, short)) or "run")
-        numbered = (f"{name}-{number}" for number in itertools.count(2))
-        names.append(name if name not in names else next(one for one in numbered if one not in names))
-    return names
+        numbered = map(f"{name}-{{}}".format, itertools.count(2))
+        if name in names or name in taken:
+            name = next(one for one in numbered if one not in names and one not in taken)
+        names[name] = None
+    return list(names)
 
 
 def _parts(changes: Mapping[str, Any], short: Mapping[str, str]) -> Iterator[str]:

@@ -106,7 +106,7 @@ def _stopped_on_interrupt(
         for label, (_, child) in running.items():
             outcomes[label] = settle(folder, label, child)
         raise Interrupted(
-            f"sweep stopped; {len(running)} runs under way have saved their state; the same command goes on from there"
+            f"sweep stopped with {len(running)} runs under way; the same command goes on from what they have saved"
         ) from None
 
 

@@ -9,7 +9,10 @@ from prefopt.errors import Problem
 from prefopt.recipe import Recipe
 from prefopt.recipe.override import Override, apply_override
 from prefopt.report.strength import factor_of
-from prefopt_losses import LossError, loss_from_config
+from prefopt_losses import LossError, get_loss, loss_from_config
+
+DEFAULT: float = get_loss("dpo").hyperparameters["beta"]
+"""DPO's beta where none is written; not that of the loss itself, which is on another scale."""
 
 
 def match_loss(mapping: dict[str, Any], label: str, tokens: Callable[[], float]) -> tuple[str, Problem | None]:
@@ -27,14 +30,16 @@ def match_loss(mapping: dict[str, Any], label: str, tokens: Callable[[], float])
         loss = loss_from_config(mapping["loss"])
     except (LossError, KeyError):
         return "", None  # the recipe's own check says what is wrong
-    factor, wanted = factor_of(loss), loss.hyperparameters.get("beta")
-    if factor.value is None or wanted is None:
+    factor = factor_of(loss)
+    if factor.value is None or "beta" not in loss.hyperparameters:
         fix = f"give {label} a point of its own, with betas of its own scale and match: none"
         reason = factor.note or "it has no beta"
         return "", Problem("sweep.match", "losses whose beta can be matched to DPO's", f"{label}: {reason}", fix)
+    given = mapping["loss"].get("beta") if isinstance(mapping["loss"], dict) else None
+    wanted = DEFAULT if given is None else given
     scale = factor.value * tokens() if factor.per_token else factor.value
     apply_override(mapping, Override(("loss", "beta"), float(f"{wanted * scale:.6g}"), "sweep.match"))
-    said = []
+    said = [f"no beta is given, so it is matched to DPO's default, {DEFAULT:g}"] if given is None else []
     if factor.note:
         said.append(factor.note)
     if factor.per_token:

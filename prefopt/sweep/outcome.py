@@ -43,7 +43,7 @@ def outcome_of(code: int, finished: bool, log: str, seconds: float) -> Outcome:
     if finished:  # its result is written last
         return Outcome("finished", exit=code, seconds=seconds)
     if code == INTERRUPTED:
-        return Outcome("interrupted", "stopped by Ctrl-C; its state is saved", code, seconds)
+        return Outcome("interrupted", "stopped by Ctrl-C; it goes on from what it has saved", code, seconds)
     if code < 0:
         return Outcome("killed", killed_by(-code), code, seconds)
     if code == MENDABLE:

@@ -133,13 +133,13 @@ def show_plan(console: Console, plan: SweepPlan, done: Mapping[str, Outcome | No
         table.add_row(
             Text(run.label), Text(loss.name), "" if beta is None else f"{beta:g}",
             Text(loss.conventions["beta"].partition(" per ")[2]),
-            _written(run.changes.get("loss.beta")) if plan.axes.match else "",
+            _written(run.changes.get("loss.beta")) if run.matched else "",
             outcome.state if outcome else "",
         )  # fmt: skip
     console.print(table)
     if len(plan.runs) > len(shown):
         console.print(f"... and {len(plan.runs) - len(shown):,} more")
-    show_notes(console, plan.notes)
+    show_notes(console, [*plan.notes, *plan.terms])
 
 
 def _written(value: Any) -> str:
@@ -164,4 +164,4 @@ def opening(
     settled = "".join(f", {states.count(state):,} {state}" for state in dict.fromkeys(states))
     each = f"each with {threads} thread{'s' if threads > 1 else ''}"
     Screen(console).named("runs", f"{len(todo):,} to do{settled}; {where}, {each}")
-    show_notes(console, plan.notes)
+    show_notes(console, [*plan.notes, *plan.terms])
