@@ -92,11 +92,11 @@ def finished_sweep(folder: Path, runs: dict[str, dict], *, notes: tuple[str, ...
     (folder / "status").mkdir(parents=True)
     entries = []
     for label, facts in runs.items():
-        failed = facts.pop("failed", None)
+        failed, state = facts.pop("failed", None), facts.pop("state", "failed")
         finished_run(folder / "runs" / label, **facts)
         if failed:
             (folder / "runs" / label / "result.json").unlink()
-            status = {"state": "failed", "reason": failed, "exit": 2, "seconds": 3.0}
+            status = {"state": state, "reason": failed, "exit": 2, "seconds": 3.0}
             (folder / "status" / f"{label}.json").write_text(json.dumps(status))
         entries.append({"label": label, "changes": {}, "folder": f"runs/{label}"})
     content = {"name": folder.name, "commands": ["prefopt sweep mine"], "notes": list(notes), "runs": entries}

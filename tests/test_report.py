@@ -14,8 +14,9 @@ from prefopt.errors import RecipeError
 from prefopt.report.commands import write_report
 from prefopt.report.findings import findings_of
 from prefopt.report.records import read_runs
-from prefopt.report.settings import settings_of
+from prefopt.report.settings import settings_of, short_keys
 from prefopt.report.strength import strength_of
+from prefopt.report.tables import cost_rows, setting_rows
 from prefopt.report.writing import repetition
 from prefopt_losses import get_loss, match_beta
 
@@ -79,6 +80,98 @@ def test_a_setting_without_all_its_seeds_is_left_out_and_the_reason_given(tmp_pa
     assert any("2 of 3 seeds finished: failed, a gradient that is not finite" in each for each in found.warnings)
 
 
+def test_a_sweep_that_is_not_through_is_judged_by_its_whole_seeds(tmp_path):
+    runs = two_losses(0.9)
+    runs["ipo-2"] |= {"failed": "stopped by Ctrl-C", "state": "interrupted"}
+    found = answer(finished_sweep(tmp_path / "s", runs))
+    assert {standing.setting.contestant for standing in found.standings} == {"dpo", "ipo"}
+    assert {tuple(run.seed for run in standing.setting.finished) for standing in found.standings} == {(0, 1)}
+    assert any(warning.startswith("not every run has finished: compared are seeds 0, 1") for warning in found.warnings)
+
+
+def test_losses_with_more_and_with_fewer_seeds_are_compared_on_those_of_both(tmp_path):
+    runs = two_losses(0.9)
+    del runs["ipo-2"]
+    found = answer(finished_sweep(tmp_path / "s", runs))
+    assert found.versus[0].comparison.seeds == 2
+    assert any("compared are seeds 0, 1, which all have" in warning for warning in found.warnings)
+
+
+def test_more_seeds_for_the_best_settings_alone_are_used(tmp_path):
+    runs = {
+        f"{loss}-{rate}-{seed}": {"loss": loss, "learning_rate": rate, "seed": seed}
+        for loss in ("dpo", "ipo") for rate in (1e-6, 1e-5) for seed in range(4 if rate == 1e-5 else 1)
+    }  # fmt: skip
+    found = answer(finished_sweep(tmp_path / "s", runs))
+    assert [len(standing.setting.finished) for standing in found.standings] == [4, 4]
+
+
+def test_losses_of_other_seeds_are_two_samples(tmp_path):
+    runs = two_losses(0.97)
+    for label, facts in runs.items():
+        facts["seed"] += 10 * label.startswith("ipo")
+    found = answer(finished_sweep(tmp_path / "s", runs))
+    assert not found.versus[0].comparison.paired
+    assert any(warning.startswith("no seed is common to all") for warning in found.warnings)
+    assert any("as two samples" in sentence for sentence in found.sentences)
+
+
+def test_the_edge_of_a_grid_is_named_where_there_is_one_loss(tmp_path):
+    runs = {f"{rate}": {"learning_rate": rate, "skill": 0.5 + rate * 1e4} for rate in (1e-6, 1e-5, 3e-5)}
+    found = answer(finished_sweep(tmp_path / "s", runs))
+    assert any("learning_rate of dpo, 3e-05, is the largest that was tried" in each for each in found.warnings)
+
+
+def test_single_runs_on_unequal_terms_are_said_to_be(tmp_path):
+    one, other = (finished_run(tmp_path / f"{steps}", max_steps=steps) for steps in (10, 20))
+    text = write_report([one, other], tmp_path / "report", figures=False).markdown.read_text()
+    assert "runs see 640 to 1,280 comparisons: they are not on an equal budget" in text
+
+
+def test_runs_of_the_same_name_in_two_sweeps_are_told_apart(tmp_path):
+    sweeps = [finished_sweep(tmp_path / name, {"dpo": {"seed": seed}}) for seed, name in enumerate(("a", "b"))]
+    assert [record.label for record in read_runs(sweeps)] == ["a/dpo", "b/dpo"]
+
+
+def test_the_recipe_of_a_run_is_not_its_folder(tmp_path):
+    run = finished_run(tmp_path / "run")
+    with pytest.raises(RecipeError) as error:
+        read_runs([run / "recipe.yaml"])
+    assert error.value.problems[0].fix == f"give {run}"
+
+
+def test_keys_with_the_same_last_part_have_columns_of_their_own(tmp_path):
+    runs = {}
+    for loss in ("dpo", {"name": "robust_dpo"}):
+        for rate in (1e-5, 2e-5):
+            name = loss if isinstance(loss, str) else loss["name"]
+            optimizer = {"name": "adamw", "betas": [0.9, 0.9 + rate]}
+            runs[f"{name}{rate}"] = {"loss": loss, "learning_rate": rate, "optimizer": optimizer}
+    records = read_runs([finished_sweep(tmp_path / "s", runs)])
+    settings = settings_of(records)
+    rows = setting_rows(settings, findings_of(settings))
+    assert {"learning_rate", "betas"} <= set(rows[0])
+    assert short_keys(["train.optimizer.name", "model.name", "seed"]) == {
+        "train.optimizer.name": "train.optimizer.name", "model.name": "model.name", "seed": "seed",
+    }  # fmt: skip
+
+
+def test_what_is_lost_costs_too(tmp_path):
+    runs = two_losses(0.9)
+    runs["ipo-1"]["failed"] = "out of memory"
+    records = read_runs([finished_sweep(tmp_path / "s", runs)])
+    costs = {row["of"]: row for row in cost_rows(settings_of(records))}
+    assert (costs["ipo"]["runs"], costs["ipo"]["without a result"]) == (3, 1)
+    assert costs["ipo"]["process seconds"] == 3.0
+
+
+def test_html_in_a_name_or_a_reason_stays_text_in_markdown_too(tmp_path):
+    runs = {"dpo": {}, "ipo": {"loss": "ipo", "failed": "<img src=x>"}}
+    text = write_report([finished_sweep(tmp_path / "s", runs)], tmp_path / "report", figures=False).markdown.read_text()
+    assert "<img" not in text
+    assert "&lt;img src=x>" in text
+
+
 def test_likelihood_displacement_and_clipped_steps_are_named(tmp_path):
     found = answer(finished_run(tmp_path / "run"))
     assert any("likelihood displacement in" in warning for warning in found.warnings)
@@ -122,9 +215,9 @@ def test_the_files_of_a_report(tmp_path):
     runs = two_losses(0.9) | {"kto-0": {"loss": "kto", "failed": "out of memory"}}
     sweep = finished_sweep(tmp_path / "mine", runs, notes=("one learning rate",))
     written = write_report([sweep], tmp_path / "report")
+    tables = ("runs", "settings", "standings", "looks", "comparisons")
     assert {file.name for file in written.files if file.parent.name == "report"} == {
-        "report.html", "report.md", *(f"{name}.{kind}" for name in ("runs", "settings", "looks", "comparisons")
-                                      for kind in ("csv", "parquet")),
+        "report.html", "report.md", *(f"{name}.{kind}" for name in tables for kind in ("csv", "parquet")),
     }  # fmt: skip
     assert {file.suffix for file in written.files if file.parent.name == "figures"} == {".png", ".svg"}
     text = written.markdown.read_text()
@@ -196,7 +289,7 @@ def test_too_few_prompts_to_find_anything_are_said_to_be_too_few(tmp_path):
     runs = {"dpo": {"loss": "dpo", "prompts": 2}, "ipo": {"loss": "ipo", "prompts": 2, "seed": 1}}
     found = answer(finished_sweep(tmp_path / "s", runs))
     assert any("could not have shown any" in sentence for sentence in found.sentences)
-    assert any("at most one seed in common" in sentence for sentence in found.sentences)
+    assert any("one seed on a side" in sentence for sentence in found.sentences)
 
 
 def test_a_run_that_repeats_another_is_named_and_left_out(tmp_path):

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from prefopt.report.statistics import compare, detectable, holm, mean_interval, power, spread_between_seeds
+from prefopt.report.statistics import (
+    compare,
+    compare_apart,
+    detectable,
+    holm,
+    mean_interval,
+    power,
+    spread_between_seeds,
+)
 
 SIMULATED = 1000
 
@@ -21,16 +29,41 @@ def differences(generator, seeds, prompts, by_seed, by_prompt, rest, mean=0.0):
     )
 
 
-@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
-@pytest.mark.parametrize(("by_seed", "by_prompt"), [(0.0, 0.3), (0.1, 0.3), (0.03, 0.0), (0.1, 0.0)])
+PARTS = [(0.0, 0.3), (0.1, 0.3), (0.03, 0.0), (0.1, 0.0)]
+
+
+# with one seed nothing can be said of seeds, and the report says so
+@pytest.mark.parametrize(
+    ("seeds", "by_seed", "by_prompt"),
+    [(1, 0.0, 0.3), (1, 0.0, 0.0), *((seeds, *parts) for seeds in (2, 3, 5) for parts in PARTS)],
+)
 def test_the_same_loss_under_two_names_is_called_different_in_at_most_7_of_100_cases(seeds, by_seed, by_prompt):
     generator = np.random.default_rng(seeds)
-    by_seed = by_seed if seeds > 1 else 0.0  # with one seed nothing can be said of seeds, and the report says so
     found = 0
     for _ in range(SIMULATED):
         table = differences(generator, seeds, 100, by_seed, by_prompt, 0.3)
         found += compare(table, np.zeros_like(table)).p < 0.05
     assert found <= 0.07 * SIMULATED
+
+
+@pytest.mark.parametrize("seeds", [(2, 2), (2, 5), (4, 4)])
+@pytest.mark.parametrize("by_seed", [0.0, 0.03, 0.1])
+def test_runs_of_other_seeds_are_called_different_in_at_most_7_of_100_cases(seeds, by_seed):
+    generator = np.random.default_rng(sum(seeds))
+    found = 0
+    for _ in range(SIMULATED):
+        common = 0.3 * generator.standard_normal((1, 100))  # a prompt is as hard for one as for the other
+        one, other = (common + differences(generator, count, 100, by_seed, 0.1, 0.3) for count in seeds)
+        found += compare_apart(one, other).p < 0.05
+    assert found <= 0.07 * SIMULATED
+
+
+def test_with_one_prompt_other_seeds_are_welchs_test():
+    one, other = np.array([[0.3], [0.5], [0.45], [0.8]]), np.array([[0.2], [0.45], [0.5]])
+    expected = stats.ttest_ind(one[:, 0], other[:, 0], equal_var=False)
+    comparison = compare_apart(one, other)
+    assert comparison.p == pytest.approx(expected.pvalue, rel=1e-6)
+    assert not comparison.paired
 
 
 def test_six_losses_together_know_better_what_a_seed_does_and_are_as_right_under_the_null():

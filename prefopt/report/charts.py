@@ -1,65 +1,18 @@
-"""What the report draws, as data: one description serves the interactive page and the figures for papers."""
+"""The charts of a report, each with what is to be seen in it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
+from prefopt.report.charts_of_strength import against_strength
 from prefopt.report.findings import Findings
-from prefopt.report.measured import ACCURACY, GOLD, Metric
-from prefopt.report.records import RunRecord
+from prefopt.report.measured import ACCURACY, GOLD
+from prefopt.report.panels import Chart, Panel, Series
 from prefopt.report.settings import Setting
 from prefopt.report.writing import drift_of_writing
-
-Kind = Literal["line", "points", "interval", "bar", "violin"]
-
-
-@dataclass(frozen=True)
-class Series:
-    """One set of points."""
-
-    name: str
-    group: str
-    """Which colour: the contestant."""
-    x: Sequence[Any]
-    y: Sequence[Any]
-    kind: Kind = "line"
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
-    text: Sequence[str] = ()
-    """What is shown when a point is pointed at."""
-    faint: bool = False
-    """One of several seeds, behind their mean."""
-    dashed: bool = False
-    listed: bool = True
-    """Whether the legend has it."""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes."""
-
-    name: str
-    x: str
-    y: str
-    series: tuple[Series, ...]
-    log_x: bool = False
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One figure, with one or more panels between which a reader chooses."""
-
-    key: str
-    short: str
-    """Its name where there is little room."""
-    title: str
-    says: str
-    """What is to be seen in it, and how to read it."""
-    panels: tuple[Panel, ...]
 
 
 def charts_of(findings: Findings, settings: Sequence[Setting]) -> list[Chart]:
@@ -69,7 +22,7 @@ def charts_of(findings: Findings, settings: Sequence[Setting]) -> list[Chart]:
     made = [
         _standings(findings),
         _against_kl(shown),
-        _against_beta(findings, shown),
+        against_strength(findings, shown),
         _over_steps(best),
         _margins(best),
         _drift(best),
@@ -130,62 +83,6 @@ def _first(setting: Setting, settings: Sequence[Setting]) -> bool:
 def _columns(looks: Sequence[dict[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
     both = [look for look in looks if x in look and y in look]
     return [look[x] for look in both], [look[y] for look in both]
-
-
-def _against_beta(findings: Findings, settings: Sequence[Setting]) -> Chart | None:
-    metric = findings.metric
-    if metric is None:
-        return None
-    scales: list[tuple[str, str, Callable[[RunRecord], float | None]]] = [
-        ("kappa * beta", "regularisation strength kappa * beta, per nat of a completion (log)",
-         lambda run: run.strength.kappa_beta),
-        ("beta", "beta, in each loss's own unit (log)", lambda run: run.strength.beta),
-    ]  # fmt: skip
-    panels = []
-    for name, title, scale in scales:
-        series = tuple(_series_by_scale(metric, settings, scale))
-        if any(len(set(each.x)) > 1 for each in series):
-            panels.append(Panel(name, title, metric.title, series, log_x=True))
-    says = (
-        "Mean over seeds at the best learning rate for each beta, all held-out prompts; points are single runs. On the "
-        "axis of kappa * beta losses stand where they hold the policy equally strongly (DPO's beta is twice that "
-        "number); a loss without a local strength is placed at preferences of strength 0.75, one without either is "
-        "absent."
-    )
-    return (
-        Chart("beta", "Against beta", "Against the strength of regularisation", says, tuple(panels)) if panels else None
-    )
-
-
-def _series_by_scale(
-    metric: Metric, settings: Sequence[Setting], scale: Callable[[RunRecord], float | None]
-) -> Iterator[Series]:
-    settings = [each for each in settings if all(metric.by_prompt(run) for run in each.finished)]
-    contestants = list(dict.fromkeys(setting.runs[0].loss.name for setting in settings))
-    for contestant in contestants:
-        own = [each for each in settings if each.runs[0].loss.name == contestant and scale(each.finished[0])]
-        best: dict[float, tuple[float, Setting]] = {}
-        for setting in own:
-            at = float(f"{scale(setting.finished[0]):.4g}")
-            mean = float(np.mean([_mean(metric, run) for run in setting.finished]))
-            if at not in best or mean > best[at][0]:
-                best[at] = (mean, setting)
-        if not best:
-            continue
-        order = sorted(best)
-        yield Series(contestant, contestant, order, [best[at][0] for at in order],
-                     text=[best[at][1].name for at in order])  # fmt: skip
-        points = [(at, run) for at in order for run in best[at][1].finished]
-        if len(points) > len(order):
-            yield Series(
-                contestant, contestant, [at for at, _ in points], [_mean(metric, run) for _, run in points], "points",
-                text=[run.label for _, run in points], faint=True, listed=False,
-            )  # fmt: skip
-
-
-def _mean(metric: Metric, run: RunRecord) -> float:
-    read = metric.by_prompt(run).values()
-    return float(np.average([value for value, _ in read], weights=[weight for _, weight in read]))
 
 
 CURVES = (

@@ -28,8 +28,10 @@ from prefopt.report.tables import (
     look_rows,
     run_rows,
     setting_rows,
+    standing_rows,
     versus_rows,
 )
+from prefopt.report.terms import unequal_terms
 from prefopt.run_folder import write_text
 
 MOST_SAMPLES = 24
@@ -77,11 +79,10 @@ def write_report(paths: Sequence[Path], folder: Path, *, figures: bool = True) -
         write_text(html, html_page(title, parts, charts, colors))
         write_text(markdown, markdown_report(title, parts))
         files = [html, markdown, *_tables(folder, records, settings, findings)]
+        files += draw_figures(charts, colors, folder / "figures") if figures else []
     except OSError as error:
         given = f"{folder}: {error.strerror or error}"
         raise RecipeError(Problem("--output", "a folder that can be written", given, "--output FOLDER")) from error
-    if figures:
-        files += draw_figures(charts, colors, folder / "figures")
     return Written(html, markdown, findings.sentences, findings.warnings, tuple(files))
 
 
@@ -89,6 +90,7 @@ def _tables(folder: Path, records: Sequence[RunRecord], settings: Sequence[Setti
     tables = {
         "runs": run_rows(records),
         "settings": setting_rows(settings, findings),
+        "standings": standing_rows(findings),
         "looks": look_rows(records),
         "comparisons": comparison_rows(findings),
     }
@@ -111,13 +113,14 @@ def _parts(
         "lead": f"{finished} of {len(records)} runs finished; {kinds if len(settings) > 1 else 'one setting'}",
         "sentences": findings.sentences,
         "warnings": findings.warnings,
+        "standings": standing_rows(findings),
         "versus": versus_rows(findings),
         "settings": setting_rows(settings, findings),
         "runs": runs,
         "failed": failed_rows(runs),
         "conventions": convention_rows(records),
         "cost": cost_rows(settings),
-        "notes": _notes(paths),
+        "notes": [*_notes(paths), *unequal_terms([record.recipe for record in records])],
         "commands": _commands(paths),
         "samples": _samples(findings, settings),
         "made": f"Made on {date.today().isoformat()} with prefopt {__version__}",

@@ -8,7 +8,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from prefopt.report.charts import Chart, Panel, Series
+from prefopt.report.panels import Chart, Panel, Series
 
 INCHES = (5.5, 3.6)
 DPI = 200
@@ -29,7 +29,8 @@ def draw_figures(charts: Sequence[Chart], colors: Mapping[str, str], folder: Pat
         for panel in chart.panels:
             figure, axes = pyplot.subplots(figsize=INCHES, layout="constrained")
             _draw(axes, panel, colors)
-            stem = chart.key if len(chart.panels) == 1 else f"{chart.key}-{_word(panel.name)}"
+            stem = chart.key if len(chart.panels) == 1 else "-".join(map(_word, filter(None, panel.choice)))
+            stem = stem if stem.startswith(chart.key) else f"{chart.key}-{stem}"
             for suffix in ("png", "svg"):
                 file = folder / f"{stem}.{suffix}"
                 figure.savefig(file, dpi=DPI, metadata={"Date": None} if suffix == "svg" else None)
@@ -48,12 +49,15 @@ def _draw(axes: Any, panel: Panel, colors: Mapping[str, str]) -> None:
     for series in panel.series:
         if series.kind not in ("bar", "violin"):
             _draw_points(axes, series, colors[series.group])
+    groups = list(dict.fromkeys(name for series in bars for name in series.x))
     for number, series in enumerate(bars):
-        _draw_bars(axes, series, colors[series.group], number, len(bars))
+        _draw_bars(axes, series, colors[series.group], groups, number, len(bars))
+    if bars:
+        axes.set_xticks(range(len(groups)), [_shortened(name) for name in groups], rotation=20, ha="right")
     for place, series in enumerate(violins):
         _draw_violin(axes, series, colors[series.group], place)
     if violins:
-        names = [shorten(series.name, LONGEST, placeholder="…") for series in violins]
+        names = [_shortened(series.name) for series in violins]
         axes.set_xticks(range(len(violins)), names, rotation=20, ha="right")
     if panel.log_x:
         axes.set_xscale("log")
@@ -64,8 +68,9 @@ def _draw(axes: Any, panel: Panel, colors: Mapping[str, str]) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         unique = dict(zip(labels, handles))
-        shortened = [shorten(label, LONGEST, placeholder="…") for label in unique]
-        axes.legend(unique.values(), shortened, fontsize=8, frameon=False, ncols=2 if len(unique) > 6 else 1)
+        axes.legend(
+            unique.values(), map(_shortened, unique), fontsize=8, frameon=False, ncols=2 if len(unique) > 6 else 1
+        )
 
 
 def _draw_points(axes: Any, series: Series, color: str) -> None:
@@ -82,12 +87,15 @@ def _draw_points(axes: Any, series: Series, color: str) -> None:
               linewidth=width, label=label)  # fmt: skip
 
 
-def _draw_bars(axes: Any, series: Series, color: str, number: int, count: int) -> None:
+def _draw_bars(axes: Any, series: Series, color: str, groups: Sequence[str], number: int, count: int) -> None:
+    """Draw the bars of one series, each beside those of the others in its group."""
     width = 0.8 / count
-    places = [place + (number - (count - 1) / 2) * width for place in range(len(series.x))]
+    places = [groups.index(name) + (number - (count - 1) / 2) * width for name in series.x]
     axes.bar(places, list(series.y), width, color=color, label=series.name)
-    names = [shorten(str(name), LONGEST, placeholder="…") for name in series.x]
-    axes.set_xticks(range(len(series.x)), names, rotation=20, ha="right")
+
+
+def _shortened(name: str) -> str:
+    return shorten(name, LONGEST, placeholder="…")
 
 
 def _draw_violin(axes: Any, series: Series, color: str, place: int) -> None:

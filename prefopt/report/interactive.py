@@ -7,7 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from prefopt.report.charts import Chart, Panel, Series
+from prefopt.report.panels import Chart, Panel, Series
 
 
 def figure_of(chart: Chart, colors: Mapping[str, str]) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def figure_of(chart: Chart, colors: Mapping[str, str]) -> dict[str, Any]:
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
     )  # fmt: skip
     panels = [
-        {"name": panel.name, "visible": [owner == number for owner in owners], "layout": _axes(panel)}
+        {"choice": panel.choice, "visible": [owner == number for owner in owners], "layout": _axes(panel)}
         for number, panel in enumerate(chart.panels)
     ]
     plain = figure.to_plotly_json()

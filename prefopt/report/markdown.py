@@ -22,7 +22,12 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    return number(value).replace("|", "\\|").replace("\n", " ")
+    return as_text(number(value)).replace("|", "\\|").replace("\n", " ")
+
+
+def as_text(words: str) -> str:
+    """Return words so that nothing of them is taken for HTML."""
+    return words.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def number(value: Any) -> str:
@@ -39,15 +44,18 @@ def markdown_report(title: str, parts: Mapping[str, Any]) -> str:
 
     Args:
         title: of the sweep or run.
-        parts: `sentences`, `warnings`, `notes`, `versus`, `settings`, `failed`, `conventions`, `cost`, `commands`.
+        parts: `sentences`, `warnings`, `notes`, `standings`, `versus`, `settings`, `failed`, `conventions`, `cost`,
+            `commands`.
     """
-    return "\n\n".join([f"# {title}", *_parts(parts)]) + "\n"
+    return "\n\n".join([f"# {as_text(title)}", *_parts(parts)]) + "\n"
 
 
 def _parts(parts: Mapping[str, Any]) -> Iterator[str]:
-    yield "\n".join(["## Answer", "", *parts["sentences"]])
+    yield "\n".join(["## Answer", "", *map(as_text, parts["sentences"])])
     if parts["warnings"]:
-        yield "\n".join(["## To know before acting on it", "", *(f"- {each}" for each in parts["warnings"])])
+        yield "\n".join(["## To know before acting on it", "", *(f"- {as_text(each)}" for each in parts["warnings"])])
+    if len(parts["standings"]) > 1:
+        yield f"## Each at its best\n\n{markdown_table(parts['standings'])}"
     if parts["versus"]:
         yield f"## The best against the others\n\n{markdown_table(parts['versus'])}"
     yield f"## Settings\n\n{markdown_table(parts['settings'])}"
@@ -56,7 +64,7 @@ def _parts(parts: Mapping[str, Any]) -> Iterator[str]:
     yield f"## Conventions\n\n{markdown_table(parts['conventions'])}"
     yield f"## Cost\n\n{markdown_table(parts['cost'])}"
     if parts["notes"]:
-        yield "\n".join(["## On what terms", "", *(f"- {each}" for each in parts["notes"])])
+        yield "\n".join(["## On what terms", "", *(f"- {as_text(each)}" for each in parts["notes"])])
     yield "\n".join(["## Repeat it", "", *(f"    {each}" for each in parts["commands"])])
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from plotly.offline import get_plotlyjs
 
-from prefopt.report.charts import Chart
 from prefopt.report.interactive import figure_of
 from prefopt.report.markdown import columns_of, number
+from prefopt.report.panels import Chart
 
 
 def html_page(title: str, parts: Mapping[str, Any], charts: Sequence[Chart], colors: Mapping[str, str]) -> str:

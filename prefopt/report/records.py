@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class RunRecord:
     result: Mapping[str, Any]
     """`result.json`; empty where it did not finish."""
     seconds: float | None
-    """Of the whole process, start-up and evaluation included, where a sweep measured it."""
+    """Of its processes, start-up, evaluation and broken attempts included, where a sweep measured it."""
     tokens: float | None = None
     """Of a completion, as the sweep counted them."""
 
@@ -169,7 +170,26 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
             problems += error.problems
     if problems:
         raise RecipeError(problems)
-    return records
+    return _told_apart(records)
+
+
+def _told_apart(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Return the runs with labels that are all different: where two agree, with as much of the path as it takes."""
+    told = list(records)
+    for depth in range(1, max((len(record.folder.resolve().parts) for record in records), default=1)):
+        counts = Counter(record.label for record in told)
+        if max(counts.values(), default=1) == 1:
+            break
+        for number, record in enumerate(told):
+            if counts[record.label] > 1:
+                told[number] = replace(records[number], label="/".join(_places(record)[-depth - 1 :]))
+    return told
+
+
+def _places(record: RunRecord) -> list[str]:
+    """Return the folders that a run lies in, itself last, without those that every sweep has."""
+    parts = record.folder.resolve().parts
+    return [part for part in parts if part not in ("runs", "recipes")]
 
 
 def _read_sweep(path: Path) -> list[RunRecord]:
@@ -198,6 +218,9 @@ def read_run(
     if path.is_dir() and not (path / RECIPE).is_file():
         given = f"{path}, which has neither {RECIPE} nor {SWEEP}"
         raise RecipeError(Problem("RUN", "the folder of a run or of a sweep", given, "prefopt train RECIPE makes one"))
+    if path.is_file() and label is None:
+        given = f"{path}, a file"
+        raise RecipeError(Problem("RUN", "the folder of a run or of a sweep", given, f"give {path.parent}"))
     if not path.exists():
         given = f"{path}, which does not exist"
         raise RecipeError(Problem("RUN", "the folder of a run or of a sweep", given, "look under runs/"))
@@ -209,7 +232,8 @@ def read_run(
     state = "finished" if finished else known.get("state", "unfinished")
     return RunRecord(
         label or path.name, folder, recipe, recipe.build_loss(), state if state != "finished" or finished else "lost",
-        "" if finished else known.get("reason", ""), result if finished else {}, known.get("seconds") or None, tokens,
+        "" if finished else known.get("reason", ""), result if finished else {},
+        known.get("spent") or known.get("seconds") or None, tokens,
     )  # fmt: skip
 
 

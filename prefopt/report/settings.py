@@ -15,6 +15,7 @@ class Setting:
 
     name: str
     """What tells it from the others: `ipo, beta 0.85, learning_rate 0.0001`."""
+    loss: str
     contestant: str
     """The loss, where losses are compared; else the setting itself."""
     varied: Mapping[str, Any]
@@ -67,7 +68,7 @@ def _setting(name: str, runs: Sequence[RunRecord], varied: Sequence[str], wanted
             chosen[run.seed] = run
     first = runs[0]
     return Setting(
-        name, first.loss.name if several else name,
+        name, first.loss.name, first.loss.name if several else name,
         {key: first.keys[key] for key in varied if key in first.keys},
         tuple(chosen[seed] for seed in sorted(chosen)), wanted,
         tuple(run for run in runs if run is not chosen[run.seed]),
@@ -94,12 +95,15 @@ def _varies(key: str, records: Sequence[RunRecord]) -> bool:
 def _name(runs: Sequence[RunRecord], varied: Sequence[str], spell: Callable[[Any], str]) -> str:
     keys = runs[0].keys
     parts = [runs[0].loss.name] if "loss" in varied or not varied else []
-    parts += [f"{_short(key)} {spell(keys[key])}" for key in varied if key != "loss" and key in keys]
+    short = short_keys(varied)
+    parts += [f"{short[key]} {spell(keys[key])}" for key in varied if key != "loss" and key in keys]
     return ", ".join(parts) if len(parts) <= MOST_PARTS or len(runs) > 1 else runs[0].label
 
 
-def _short(key: str) -> str:
-    return key if key.startswith(CONTENT) else key.rpartition(".")[2]
+def short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """Return what each key is called: its last part, or all of it where two would be called the same."""
+    lasts = [key.rpartition(".")[2] for key in keys]
+    return {key: key if key.startswith(CONTENT) or lasts.count(last) > 1 else last for key, last in zip(keys, lasts)}
 
 
 def shown(value: Any) -> str:

@@ -14,7 +14,8 @@ differ from seed to seed, beyond what a seed does to all losses alike.
 What was tried before it, on simulated results of one loss under two names at the 5 % level: Satterthwaite's degrees of
 freedom and V_seeds = (MS_seeds - MS_rest) / (seeds * prompts) called up to 15 % different with 2 seeds and 9 % with 3;
 this rule at most 6.3 % and 5.8 %. A bootstrap over three seeds would be too narrow, and a permutation of three seeds
-can never reach p < 0.25. With one seed the signs of the prompts are permuted.
+can never reach p < 0.25. With one seed the signs of the prompts are permuted. Where two losses were trained with other
+seeds, V_seeds is that of two samples (Welch 1947).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy import special, stats
@@ -45,6 +47,8 @@ class Comparison:
     degrees: float
     seeds: int
     prompts: int
+    paired: bool = True
+    """Whether the seeds were the same on both sides."""
 
     def power(self, difference: float, level: float = LEVEL) -> float:
         """Return the chance that a true difference of this size is found at a level."""
@@ -94,17 +98,48 @@ def compare(
     if one.shape != other.shape or one.ndim != 2 or not one.size:
         raise ValueError(f"expected two tables of one shape (seeds, prompts), given {one.shape} and {other.shape}")
     table = _around_weighted_mean(one.astype(float) - other.astype(float), weights)
-    seeds, prompts = table.shape
-    difference = float(table.mean())
     error, degrees = _standard_error(table, spread)
-    if seeds == 1:
-        p = _sign_flips(table[0])
-    elif error == 0.0:
+    p = _sign_flips(table[0]) if len(table) == 1 else None
+    return _comparison(float(table.mean()), error, degrees, *table.shape, p=p)
+
+
+def compare_apart(one: np.ndarray, other: np.ndarray, weights: np.ndarray | None = None) -> Comparison:
+    """Compare two sets of runs that share prompts and no seeds: seeds are two samples (Welch 1947), prompts are paired.
+
+    Args:
+        one: values, shape (seeds, prompts).
+        other: the same of the others; its seeds are others, of which there may be more or fewer.
+        weights: of the prompts, shape (prompts,). Equal where absent.
+
+    Raises:
+        ValueError: there are other prompts, or fewer than two seeds on a side.
+    """
+    if one.shape[1:] != other.shape[1:] or min(len(one), len(other)) < 2:
+        raise ValueError(f"expected two tables (seeds, prompts) of two seeds or more, given {one.shape}, {other.shape}")
+    tables = [_around_weighted_mean(each.astype(float), weights) for each in (one, other)]
+    prompts = one.shape[1]
+    parts = [float(table.mean(1).var(ddof=1)) / len(table) for table in tables]
+    rest = [_rest(table) / len(table) for table in tables] if prompts > 1 else [0.0, 0.0]
+    of_prompts = tables[0].mean(0) - tables[1].mean(0)
+    by_prompts = max(0.0, float(of_prompts.var(ddof=1)) - sum(rest)) / prompts if prompts > 1 else 0.0
+    of_each = sum(part**2 / (len(table) - 1) for part, table in zip(parts, tables))
+    welch = sum(parts) ** 2 / of_each if of_each else float(len(one) + len(other) - 2)
+    error, degrees = _combined(sum(parts), welch, by_prompts, max(1.0, prompts - 1.0))
+    return _comparison(float(of_prompts.mean()), error, degrees, min(len(one), len(other)), prompts, paired=False)
+
+
+def _comparison(
+    difference: float, error: float, degrees: float, seeds: int, prompts: int, *, p: float | None = None,
+    paired: bool = True,
+) -> Comparison:  # fmt: skip
+    if p is None and error == 0.0:
         p = 1.0 if difference == 0.0 else 2.0 ** (1 - prompts)
-    else:
+    elif p is None:
         p = float(2 * stats.t.sf(abs(difference) / error, degrees))
     reach = float(stats.t.ppf(1 - LEVEL / 2, degrees)) * error if error else 0.0
-    return Comparison(difference, difference - reach, difference + reach, p, error, degrees, seeds, prompts)
+    return Comparison(
+        difference, difference - reach, difference + reach, p, error, degrees, seeds, prompts, paired
+    )  # fmt: skip
 
 
 def _around_weighted_mean(table: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
@@ -119,22 +154,31 @@ def _around_weighted_mean(table: np.ndarray, weights: np.ndarray | None) -> np.n
 def _standard_error(table: np.ndarray, spread: Spread | None) -> tuple[float, float]:
     """Return the standard error of the mean of a crossed table, and the degrees of freedom of its t."""
     seeds, prompts = table.shape
-    mean, of_seeds, of_prompts = table.mean(), table.mean(1), table.mean(0)
+    of_seeds, of_prompts = table.mean(1), table.mean(0)
     if seeds == 1:
         return (float(of_prompts.std(ddof=1)) / math.sqrt(prompts) if prompts > 1 else 0.0), max(1.0, prompts - 1.0)
     spread = spread or Spread(float(of_seeds.var(ddof=1)), seeds - 1.0)
-    by_seeds, by_prompts = spread.variance / seeds, 0.0
+    by_prompts = 0.0
     if prompts > 1:
-        rest = table - of_seeds[:, None] - of_prompts[None, :] + mean
-        within = float((rest**2).sum()) / ((seeds - 1) * (prompts - 1))
-        by_prompts = max(0.0, float(of_prompts.var(ddof=1)) - within / seeds) / prompts
+        by_prompts = max(0.0, float(of_prompts.var(ddof=1)) - _rest(table) / seeds) / prompts
+    return _combined(spread.variance / seeds, spread.degrees, by_prompts, max(1.0, prompts - 1.0))
+
+
+def _rest(table: np.ndarray) -> float:
+    """Return the mean square of what seeds and prompts together leave of a table."""
+    seeds, prompts = table.shape
+    rest = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
+    return float((rest**2).sum()) / ((seeds - 1) * (prompts - 1))
+
+
+def _combined(by_seeds: float, few: float, by_prompts: float, many: float) -> tuple[float, float]:
+    """Return the root of two variances, and the degrees of the t whose critical value is weighted by them."""
     total = by_seeds + by_prompts
     if total == 0.0:
-        return 0.0, max(1.0, prompts - 1.0)
-    many = max(1.0, prompts - 1.0)
-    of_each = (special.stdtrit(degrees, 1 - LEVEL / 2) for degrees in (spread.degrees, many))
+        return 0.0, many
+    of_each = (special.stdtrit(degrees, 1 - LEVEL / 2) for degrees in (few, many))
     critical = sum(part * float(edge) for part, edge in zip((by_seeds, by_prompts), of_each)) / total
-    return math.sqrt(total), _degrees(critical, min(spread.degrees, many), max(spread.degrees, many))
+    return math.sqrt(total), _degrees(critical, min(few, many), max(few, many))
 
 
 def _degrees(critical: float, low: float, high: float) -> float:
@@ -155,9 +199,13 @@ def _sign_flips(values: np.ndarray) -> float:
     if len(moved) <= 13:
         signs = 1.0 - 2.0 * ((np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved))) & 1)
         return float((np.abs(signs @ moved) >= seen).mean())
-    generator = np.random.default_rng(0)
-    signs = 1.0 - 2.0 * generator.integers(0, 2, size=(DRAWS, len(moved)), dtype=np.int8)
-    return float((1 + (np.abs(signs @ moved) >= seen).sum()) / (1 + DRAWS))
+    return float((1 + (np.abs(_signs(len(moved)) @ moved) >= seen).sum()) / (1 + DRAWS))
+
+
+@lru_cache(maxsize=2)
+def _signs(count: int) -> np.ndarray:
+    """Return random signs, shape (draws, count): the same for every comparison of a report."""
+    return 1.0 - 2.0 * np.random.default_rng(0).integers(0, 2, size=(DRAWS, count), dtype=np.int8)
 
 
 def holm(p: Sequence[float]) -> list[float]:

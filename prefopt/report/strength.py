@@ -6,10 +6,11 @@ A loss without a local strength (hinge) is placed where it agrees with DPO at pr
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 
-from prefopt_losses import Loss, get_loss
+from prefopt_losses import Loss, get_loss, loss_from_config
 from prefopt_losses.errors import LossError
 from prefopt_losses.profiles.matched_beta import match_beta
 from prefopt_losses.terms import FromRecord, Term
@@ -46,27 +47,13 @@ class Factor:
 
 def factor_of(loss: Loss) -> Factor:
     """Return what turns a DPO beta into the beta of this loss that regularises as strongly."""
-    key = (loss.name, tuple(sorted((name, repr(value)) for name, value in loss.hyperparameters.items())))
-    return _factor(key, _Held(loss))
-
-
-class _Held:
-    """A loss beside its key: equal to any other, so that the cache looks at the key alone."""
-
-    def __init__(self, loss: Loss) -> None:
-        self.loss = loss
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Held)
-
-    def __hash__(self) -> int:
-        return 0
+    return _factor(json.dumps(loss.config, sort_keys=True))
 
 
 @lru_cache(maxsize=4096)
-def _factor(key: tuple[str, tuple[tuple[str, str], ...]], held: _Held) -> Factor:
+def _factor(config: str) -> Factor:
     try:
-        matched = match_beta(held.loss, get_loss("dpo", beta=1.0), p=AT)
+        matched = match_beta(loss_from_config(json.loads(config)), get_loss("dpo", beta=1.0), p=AT)
     except LossError as error:
         return Factor(None, False, str(error))
     if matched.near_zero is not None:

@@ -7,9 +7,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from prefopt.report.findings import Findings, every_pair
+from prefopt.report.findings import Findings
 from prefopt.report.records import RunRecord
-from prefopt.report.settings import Setting
+from prefopt.report.settings import Setting, short_keys
+from prefopt.report.standings import every_pair
 from prefopt.report.strength import strength_of
 
 Row: TypeAlias = dict[str, Any]
@@ -24,11 +25,16 @@ def setting_rows(settings: Sequence[Setting], findings: Findings) -> list[Row]:
     return sorted(rows, key=lambda row: float("inf") if row[key] is None else -float(row[key]))
 
 
+COLUMNS = ("loss", "beta", "unit", "seeds", "accuracy", "KL", "displacement", "length", "finished")
+"""Columns with which the last part of a key could be confused."""
+
+
 def _setting_row(setting: Setting, best: bool) -> Row:
     runs, first = setting.finished, setting.runs[0]
     strength = first.strength
     apart = ("loss", "loss.beta")
-    varied = {key.rpartition(".")[2]: value for key, value in setting.varied.items() if key not in apart}
+    short = short_keys([*setting.varied, *COLUMNS])
+    varied = {short[key]: value for key, value in setting.varied.items() if key not in apart}
 
     def mean(read: Any) -> float | None:
         values = [value for run in runs if (value := read(run)) is not None]
@@ -114,12 +120,13 @@ def cost_of(record: RunRecord) -> Row:
 
 
 def cost_rows(settings: Sequence[Setting]) -> list[Row]:
-    """One row per contestant: what its runs cost together, and the largest peak."""
+    """One row per contestant: what its runs cost together, those without a result too, and the largest peak."""
     rows: dict[str, Row] = {}
     for setting in settings:
-        row = rows.setdefault(setting.contestant, {"of": setting.contestant, "runs": 0})
-        for run in setting.finished:
+        row = rows.setdefault(setting.contestant, {"of": setting.contestant, "runs": 0, "without a result": 0})
+        for run in (*setting.runs, *setting.repeated):
             row["runs"] += 1
+            row["without a result"] += not run.finished
             for name, value in cost_of(run).items():
                 if value is not None:
                     row[name] = max(row.get(name) or 0.0, value) if "peak" in name else (row.get(name) or 0.0) + value
@@ -131,8 +138,29 @@ def look_rows(records: Sequence[RunRecord]) -> list[Row]:
     return [{"run": record.label, "seed": record.seed, **look} for record in records for look in record.looks]
 
 
+def standing_rows(findings: Findings) -> list[Row]:
+    """One row per contestant at its best setting: what it was chosen by, and what it is on the other prompts."""
+    return [
+        {
+            "of": each.setting.contestant,
+            "at": each.setting.name,
+            "mean": each.mean,
+            "low": each.low,
+            "high": each.high,
+            "measure": findings.metric.title if findings.metric else "",
+            "seeds": len(each.setting.finished),
+            "prompts": len(findings.halves.reporting),
+            "chosen by": each.chosen_by,
+            "chosen among": each.tried,
+        }
+        for each in findings.standings
+    ]
+
+
 def comparison_rows(findings: Findings) -> list[Row]:
     """One row per pair of contestants at their best settings."""
+    if findings.metric is None:
+        return []
     return [
         {
             "one": each.one.setting.name,
@@ -146,9 +174,10 @@ def comparison_rows(findings: Findings) -> list[Row]:
             "degrees of freedom": each.comparison.degrees,
             "found with 80 %": each.detectable,
             "seeds": each.comparison.seeds,
+            "same seeds": each.comparison.paired,
             "prompts": each.comparison.prompts,
         }
-        for each in every_pair(findings)
+        for each in every_pair(findings.metric, findings.standings, findings.halves)
     ]
 
 
@@ -173,11 +202,10 @@ def _verdict(different: bool, difference: float) -> str:
 
 
 def convention_rows(records: Sequence[RunRecord]) -> list[Mapping[str, str]]:
-    """One row per loss, or per part of a sum: how its numbers are to be read."""
-    seen: dict[str, RunRecord] = {}
-    for record in records:
-        seen.setdefault(record.loss.name, record)
-    return [row for record in seen.values() for row in _convention_rows(record)]
+    """One row per loss, or per part of a sum: how its numbers are to be read; more where hyper-parameters decide it."""
+    rows = {tuple(row.items()): row for record in records for row in _convention_rows(record)}
+    order = list(dict.fromkeys(row["loss"] for row in rows.values()))
+    return sorted(rows.values(), key=lambda row: order.index(row["loss"]))
 
 
 def _convention_rows(record: RunRecord) -> Iterator[Mapping[str, str]]:

@@ -21,7 +21,7 @@ from prefopt.sweep.axes import EarlyStopping
 from prefopt.sweep.folder import SweepFolder
 from prefopt.sweep.local import LOOK_EVERY, PATIENCE, end_gently, settle
 from prefopt.sweep.on_ray import Cluster, Place, place_of, started, stopped
-from prefopt.sweep.outcome import Outcome
+from prefopt.sweep.outcome import Outcome, read_outcome
 from prefopt.sweep.plan import PlannedRun
 from prefopt.sweep.screen import SweepScreen
 from prefopt.tracking import read_metrics
@@ -43,7 +43,6 @@ def run_under_asha(
     tuner = _tuner(at, folder, runs, stopping, sweep)
     _stop_file(folder).unlink(missing_ok=True)
     for run in runs:
-        folder.status(run.label).unlink(missing_ok=True)
         _under_way(folder, run.label).unlink(missing_ok=True)
     with screen.progress(), _announced(folder, [run.label for run in runs], screen):
         try:
@@ -99,8 +98,8 @@ def _wait_for_trials(folder: SweepFolder) -> None:
 @contextmanager
 def _announced(folder: SweepFolder, labels: list[str], screen: SweepScreen) -> Iterator[None]:
     """Say how each trial ended as its status appears; in the end, also of those that were lost."""
-    over = Event()
-    announcer = Thread(target=_announce, args=(folder, labels, screen, over))
+    over, before = Event(), {label: read_outcome(folder.status(label)) for label in labels}
+    announcer = Thread(target=_announce, args=(folder, before, screen, over))
     announcer.start()
     interrupted = True
     try:
@@ -109,18 +108,18 @@ def _announced(folder: SweepFolder, labels: list[str], screen: SweepScreen) -> I
     finally:
         over.set()
         announcer.join()
-    for label in [] if interrupted else labels:
+    for label in [] if interrupted else before:
         outcome = Outcome("killed", "lost with its worker")
         folder.record(label, outcome)
         screen.finished(label, outcome)
 
 
-def _announce(folder: SweepFolder, labels: list[str], screen: SweepScreen, over: Event) -> None:
-    """Tune may be done before the last trials have saved their state."""
+def _announce(folder: SweepFolder, before: dict[str, Outcome | None], screen: SweepScreen, over: Event) -> None:
+    """Take a trial out of `before` once its outcome is another; Tune may be done before the last ones have saved."""
     deadline = None
-    while labels:
-        for label in [label for label in labels if folder.status(label).exists()]:
-            labels.remove(label)
+    while before:
+        for label in [label for label, known in before.items() if read_outcome(folder.status(label)) != known]:
+            del before[label]
             screen.finished(label, folder.outcome(label) or Outcome("killed", "its result is gone"))
         if over.is_set():
             deadline = deadline or time.monotonic() + PATIENCE

@@ -8,6 +8,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from prefopt.report.settings import short_keys
+
 LONGEST = 120
 """Characters; file systems allow 255, and the log's ending comes on top."""
 
@@ -19,7 +21,7 @@ def labels_of(changes: Sequence[Mapping[str, Any]], taken: Collection[str] = ())
         changes: of each run.
         taken: names that no run may get.
     """
-    short = _short_names({key for each in changes for key in each})
+    short = short_keys(list(dict.fromkeys(key for each in changes for key in each)))
     names: dict[str, None] = {}
     for each in changes:
         name = _cut("-".join(_parts(each, short)) or "run")
@@ -34,12 +36,6 @@ def _parts(changes: Mapping[str, Any], short: Mapping[str, str]) -> Iterator[str
     ordered = sorted(changes.items(), key=lambda item: (item[0] not in ("loss", "loss.name"), item[0] == "seed"))
     for key, value in ordered:
         yield f"{'' if key in ('loss', 'loss.name') else short[key]}{_word(value)}"
-
-
-def _short_names(keys: set[str]) -> dict[str, str]:
-    """Return the last part of each key, or more of it where two would be the same."""
-    lasts = [key.rpartition(".")[2] for key in keys]
-    return {key: last if lasts.count(last) == 1 else key for key in keys for last in [key.rpartition(".")[2]]}
 
 
 def _word(value: Any) -> str:

@@ -6,12 +6,12 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from prefopt.errors import Interrupted
 from prefopt.sweep.child import Child, start
 from prefopt.sweep.folder import SweepFolder
-from prefopt.sweep.outcome import Outcome, outcome_of
+from prefopt.sweep.outcome import Outcome, outcome_of, read_outcome
 from prefopt.sweep.plan import PlannedRun
 from prefopt.sweep.screen import SweepScreen, how_far
 
@@ -88,7 +88,9 @@ def run_locally(
 
 def settle(folder: SweepFolder, label: str, child: Child) -> Outcome:
     """Record how a process that has ended left its run."""
+    before = read_outcome(folder.status(label))
     outcome = outcome_of(child.code() or 0, folder.finished(label), child.written(), child.seconds())
+    outcome = replace(outcome, spent=outcome.seconds + (before.spent if before else 0.0))
     folder.record(label, outcome)
     return outcome
 

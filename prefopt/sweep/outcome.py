@@ -25,6 +25,9 @@ class Outcome:
     reason: str = ""
     exit: int | None = None
     seconds: float = 0.0
+    """Of the last attempt."""
+    spent: float = 0.0
+    """Seconds of all attempts."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return what is stored of it."""

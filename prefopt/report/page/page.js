@@ -34,8 +34,15 @@
   root.dataset.drawn = places.length;
 
   document.querySelectorAll(".panels button").forEach((button) => button.addEventListener("click", () => {
-    shown[button.dataset.chart] = Number(button.dataset.panel);
-    button.parentElement.querySelectorAll("button").forEach((each) => each.setAttribute("aria-pressed", each === button));
+    const key = button.dataset.chart, part = Number(button.dataset.part), panels = figures[key].panels;
+    const wanted = [...panels[shown[key] || 0].choice];
+    wanted[part] = button.dataset.value;
+    const fits = (panel) => panel.choice.filter((each, place) => each === wanted[place]).length;
+    const able = panels.map((panel, number) => [panel, number]).filter(([panel]) => panel.choice[part] === wanted[part]);
+    shown[key] = able.sort(([a], [b]) => fits(b) - fits(a))[0][1];
+    const now = panels[shown[key]].choice;
+    document.querySelectorAll(`.panels button[data-chart="${key}"]`).forEach((each) =>
+      each.setAttribute("aria-pressed", each.dataset.value === now[Number(each.dataset.part)]));
     draw(places.find((place) => place.dataset.key === button.dataset.chart));
   }));
 
