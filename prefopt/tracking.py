@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,17 +82,26 @@ class Tracker:
         self._closers.append(writer.close)
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file; a line that a kill cut short, or that is no log, is left out."""
-    lines = []
-    if file.exists():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and "step" in row:
-                lines.append(row)
+def read_metrics(file: Path, *, last: int | None = None) -> list[dict[str, Any]]:
+    """Return the lines of a metrics file; a line that a kill cut short, or that is no log, is left out.
+
+    Args:
+        file: may be absent.
+        last: bytes to read, from the end; all where absent.
+    """
+    lines: list[dict[str, Any]] = []
+    if not file.exists():
+        return lines
+    with file.open("rb") as stream:
+        stream.seek(0 if last is None else max(0, stream.seek(0, os.SEEK_END) - last))
+        content = stream.read().decode("utf-8", errors="replace")
+    for line in content.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            lines.append(row)
     return lines
 
 

@@ -27,6 +27,13 @@ def test_lines_after_the_step_a_run_resumes_at_are_written_again_and_not_twice(t
     ]
 
 
+def test_the_last_lines_are_found_without_reading_all(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(f'{{"step": {step}}}\n' for step in range(1000)) + '{"step": 10')
+    assert [line["step"] for line in read_metrics(file, last=40)] == [998, 999]
+    assert read_metrics(file, last=10**6) == read_metrics(file)
+
+
 def test_a_sink_that_is_not_installed_is_said(tmp_path, monkeypatch):
     imported = builtins.__import__
 

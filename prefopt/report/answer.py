@@ -71,10 +71,10 @@ def _names(versus: Sequence[Versus]) -> str:
 def _list(versus: Sequence[Versus]) -> str:
     return "; ".join(
         f"{one.other.setting.contestant} by {one.comparison.difference:+.3f} "
-        f"({one.comparison.low:+.3f} to {one.comparison.high:+.3f}, p = {_p(one.corrected)})"
+        f"({one.comparison.low:+.3f} to {one.comparison.high:+.3f}, {_p(one.corrected)})"
         for one in versus
     )
 
 
 def _p(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+    return f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"

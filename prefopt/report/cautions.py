@@ -27,8 +27,8 @@ EDGE_KEYS = ("loss.beta", "train.learning_rate")
 def cautions_of(standings: Sequence[Standing], settings: Sequence[Setting]) -> Iterator[str]:
     """Say what a person should know before acting on the answer."""
     yield from _edges(standings[0].setting, settings)
-    for standing in standings:
-        yield from _of_policy(standing)
+    yield from _displaced(standings)
+    yield from _far(standings)
     yield from _clipped(standings)
 
 
@@ -46,28 +46,33 @@ def _edges(best: Setting, settings: Sequence[Setting]) -> Iterator[str]:
 
 
 FAR_KL, FALLEN = 50.0, -0.1
-CLIPPED = 0.5
+MOST = 0.5
 
 
-def _of_policy(standing: Standing) -> Iterator[str]:
-    """Name likelihood displacement, a policy that left its reference far behind, and clipped gradients."""
-    measures = [run.measures for run in standing.setting.finished]
-    name = standing.setting.contestant
-
-    def mean(key: str) -> float | None:
-        values = [one[key] for one in measures if one.get(key) is not None]
-        return float(np.mean(values)) if values else None
-
-    chosen, displaced, kl = mean("chosen_drift_per_token"), mean("displacement"), mean("kl")
-    if chosen is not None and chosen < FALLEN and (displaced or 0.0) > 0.5:
+def _displaced(standings: Sequence[Standing]) -> Iterator[str]:
+    """Name likelihood displacement: chosen completions that became less likely, together with the rejected ones."""
+    said = []
+    for standing in standings:
+        chosen, share = _mean(standing, "chosen_drift_per_token"), _mean(standing, "displacement")
+        if chosen is not None and chosen < FALLEN and share is not None and share > MOST:
+            said.append(f"{standing.setting.contestant} ({chosen:+.2f} nats per token, {share:.0%})")
+    if said:
         yield (
-            f"likelihood displacement in {name}: chosen completions became less likely too ({chosen:+.2f} nats per "
-            f"token; in {displaced:.0%} of the comparisons both fell while the margin grew)"
+            f"likelihood displacement in {', '.join(said)}: chosen completions became less likely too; the share is "
+            "that of comparisons in which both fell while the margin grew"
         )
-    if kl is not None and kl > FAR_KL:
-        yield (
-            f"{name} is {kl:.0f} nats per completion from the reference: read its samples before trusting its accuracy"
-        )
+
+
+def _far(standings: Sequence[Standing]) -> Iterator[str]:
+    """Name policies that left their reference far behind."""
+    known = {standing.setting.contestant: _mean(standing, "kl") for standing in standings}
+    if far := [f"{name} {kl:.0f}" for name, kl in known.items() if kl is not None and kl > FAR_KL]:
+        yield f"far from the reference, in nats per completion: {', '.join(far)}; read samples before trusting accuracy"
+
+
+def _mean(standing: Standing, key: str) -> float | None:
+    values = [run.measures[key] for run in standing.setting.finished if run.measures.get(key) is not None]
+    return float(np.mean(values)) if values else None
 
 
 def _clipped(standings: Sequence[Standing]) -> Iterator[str]:
@@ -75,7 +80,7 @@ def _clipped(standings: Sequence[Standing]) -> Iterator[str]:
     shares = {}
     for standing in standings:
         known = [run.clipped for run in standing.setting.finished if run.clipped is not None]
-        if known and float(np.mean(known)) > CLIPPED:
+        if known and float(np.mean(known)) > MOST:
             shares[standing.setting.contestant] = float(np.mean(known))
     if shares:
         said = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())

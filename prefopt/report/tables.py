@@ -147,11 +147,11 @@ def standing_rows(findings: Findings) -> list[Row]:
             "mean": each.mean,
             "low": each.low,
             "high": each.high,
-            "measure": findings.metric.title if findings.metric else "",
             "seeds": len(each.setting.finished),
             "prompts": len(findings.halves.reporting),
             "chosen by": each.chosen_by,
             "chosen among": each.tried,
+            "measure": findings.metric.title if findings.metric else "",
         }
         for each in findings.standings
     ]

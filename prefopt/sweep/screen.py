@@ -22,6 +22,10 @@ from prefopt.tracking import read_metrics
 COLORS = {"finished": "green", "failed": "red", "killed": "red", "interrupted": "yellow", "stopped": "yellow"}
 
 
+LINES = 16_384
+"""Bytes of a run's log in which its last step is looked for, several times a second."""
+
+
 def duration(seconds: float) -> str:
     """Return a time as a person says it: 48 s, 12 min, 3 h 20 min, 4 days 2 h."""
     if seconds < 99.5:
@@ -111,7 +115,7 @@ def _measured(folder: Path) -> str:
 def how_far(folder: Path) -> tuple[float | None, str]:
     """Return the share of its steps that a run has done, None before the first, and its last step in words."""
     total = read_json(folder / "environment.json").get("steps")
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "learning_rate" in line]
+    lines = [line for line in read_metrics(folder / "metrics.jsonl", last=LINES) if "learning_rate" in line]
     if not lines:
         return None, "starting"
     step, loss = lines[-1]["step"], lines[-1].get("loss")
