@@ -10,14 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from world import make_model, make_pairs, quiet
 
-from prefopt.errors import RecipeError
+from prefopt.errors import Problem, RecipeError
 from prefopt.recipe.text import dump_yaml
-from prefopt.sweep.commands import SweepOptions, _slots, show_commands, sweep
+from prefopt.sweep.commands import SweepOptions, _conclude, _slots, show_commands, sweep
 from prefopt.sweep.folder import SweepFolder
-from prefopt.sweep.local import Slots
+from prefopt.sweep.local import Slots, settle
 from prefopt.sweep.outcome import Outcome, killed_by, outcome_of
+from prefopt.sweep.plan import load_sweep
 from prefopt.sweep.screen import duration
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +84,27 @@ def test_another_sweep_is_not_put_into_the_folder_and_a_larger_grid_is(tmp_path,
     words = [line.partition("prefopt ")[2].split()[0] for line in lines]
     assert words == ["cache", "train", "train", "report"]
     assert [entry["label"] for entry in SweepFolder(Path("out")).stored()["runs"]] == ["seed0", "seed1"]
+
+
+def test_commands_carry_the_threads_and_the_group_of_the_sweep(tmp_path, monkeypatch, capsys):
+    folder = write_sweep(tmp_path, {"seed": [0], "train.learning_rate": [1e-3]}, tracking={"wandb": "offline"})
+    monkeypatch.chdir(folder)
+    show_commands("mine.yaml", [], SweepOptions(threads=3), quiet())
+    assert "WANDB_RUN_GROUP=mine OMP_NUM_THREADS=3 prefopt train out/recipes/seed0.yaml" in capsys.readouterr().out
+    assert SweepFolder(Path("out")).stored()["commands"] == ["prefopt sweep mine.yaml --threads 3"]
+
+
+def test_a_report_that_cannot_be_written_costs_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(write_sweep(tmp_path, {"seed": [0], "train.learning_rate": [1e-3]}))
+    plan = load_sweep("mine.yaml")
+    outcomes = {"seed0": Outcome("finished")}
+
+    def refused(*_):
+        raise RecipeError(Problem("RUN", "runs of one kind", "two kinds"))
+
+    monkeypatch.setattr("prefopt.report.commands.write_report", refused)
+    assert not _conclude(plan, SweepFolder(plan.folder), outcomes, Console())
+    assert "the runs are kept, but there is no report of them" in capsys.readouterr().out
 
 
 def test_early_stopping_needs_ray(tmp_path, monkeypatch):
@@ -212,6 +235,22 @@ def test_a_sweep_keeps_the_threads_with_which_it_began(tmp_path):
     assert _slots(folder, SweepOptions(processes=2)).threads == 3
     with pytest.raises(Exception, match="with which this sweep began"):
         _slots(folder, SweepOptions(threads=2))
+
+
+def test_the_time_of_all_attempts_is_kept(tmp_path):
+    class Ended:
+        def code(self):
+            return 130
+
+        def written(self):
+            return ""
+
+        def seconds(self):
+            return 4.0
+
+    folder = SweepFolder(tmp_path)
+    (tmp_path / "status").mkdir()
+    assert [settle(folder, "one", Ended()).spent for _ in range(2)] == [4.0, 8.0]
 
 
 def test_an_outcome_survives_its_file(tmp_path):
