@@ -72,6 +72,7 @@ def watch_pieces(stack: ExitStack, watch: Watch) -> None:
     from prefopt.attention import NAME, tree_attention
     from prefopt.feed import Feed
     from prefopt.forward import Scorer
+    from prefopt.memory import Trimmer
     from prefopt.planning import StepPlanner
     from prefopt.reference.source import CachedLogps
 
@@ -90,7 +91,7 @@ def watch_pieces(stack: ExitStack, watch: Watch) -> None:
         (prefopt.gradients, "loss_values", "loss"),
         (prefopt.gradients, "add_comparison_metrics", "metrics"),
         (prefopt.train, "_log", "logging"),
-        (prefopt.train, "trim", "trimming"),
+        (Trimmer, "after_step", "trimming"),
     ]
     for owner, attribute, name in pieces:
         watch.around(stack, owner, attribute, name)
@@ -142,7 +143,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workload", choices=[name for name in WORKLOADS if name != "alpaca"], default="reference")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--steps", type=int, default=8, help="steps that count: memory is trimmed in one of eight")
+    parser.add_argument("--steps", type=int, default=8, help="steps that count")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, default=20, help="operations in the table")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prefopt.batching import RaggedBatch, Slice, make_batch
 from prefopt.data.groups import GroupDataset
 from prefopt.forward import ReferenceLogps, Scorer, autocast, evaluating
-from prefopt.memory import trim
+from prefopt.memory import Trimmer
 from prefopt.objective import Scored
 from prefopt.planning import Step, Unit, every_comparison, pack_slices
 from prefopt.prefetch import Ahead
@@ -106,11 +106,12 @@ class Feed:
         # Both sides are computed for the metrics, also where the loss reads only one.
         everything = every_comparison(self.dataset)
         plan = pack_slices(self.dataset, everything, token_budget=token_budget, gold=self.needs.gold, unit=self.unit)
+        trimmer = Trimmer(device)
         with evaluating(scorer):
             batches = self.batches(plan.micro_batches, device, both_sides=True)
             for micro, batch in zip(plan.micro_batches, batches):
                 yield self.scored(scorer, micro, batch), plan, micro
-                trim(device)
+                trimmer.after_step()
 
     @torch.no_grad()
     def _mismatched(self, module: nn.Module, micro: Sequence[Slice], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from prefopt.attention import ARGUMENT, NAME, AttentionPlan, Backend
 from prefopt.batching import RaggedBatch
 from prefopt.errors import ModelError, Problem
-from prefopt.memory import trim
+from prefopt.memory import Trimmer
 from prefopt_losses.distributions import relative_token_logps_from_hidden, sequential_kl_from_hidden
 from prefopt_losses.head import Head
 from prefopt_losses.logps import token_logps_from_hidden, token_logps_from_logits
@@ -292,6 +292,7 @@ def score(
 ) -> Iterator[tuple[RaggedBatch, CompletionLogProbs]]:
     """Score batches in eval mode without gradients; yields each (on its device) with its log-probs."""
     device = next(scorer.parameters()).device
+    trimmer = Trimmer(device)
     with evaluating(scorer):
         for batch in batches:
             moved = batch.to(device)
@@ -299,4 +300,4 @@ def score(
                 result = scorer(moved)
             yield moved, result
             del moved, result
-            trim(device)
+            trimmer.after_step()

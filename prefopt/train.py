@@ -25,7 +25,7 @@ from prefopt.errors import Interrupted
 from prefopt.evaluate import measure, reference_samples
 from prefopt.gradients import accumulate_gradients, looks_at_once, not_finite
 from prefopt.invariant import check_step_zero, step_zero
-from prefopt.memory import trim
+from prefopt.memory import Trimmer
 from prefopt.objective import MetricSums
 from prefopt.planning import Step
 from prefopt.prepare import prepare
@@ -38,9 +38,6 @@ from prefopt.run_folder import REFERENCE_SAMPLES, STEP_ZERO, RunFolder, write_js
 from prefopt.schedule import is_due, learning_rate_at
 from prefopt.screen import Screen
 from prefopt_losses import LossError
-
-TRIM_EVERY = 8
-"""Steps between two calls that return freed memory: one costs 13 ms, a quarter of a step of the sandbox."""
 
 
 def run_training(recipe: Recipe, console: Console) -> dict[str, Any]:
@@ -124,7 +121,7 @@ def _look_before(run: Run) -> dict[str, Any] | None:
 def _loop(run: Run) -> None:
     """Take every remaining step; look, save and log when they are due."""
     recipe, total = run.recipe, run.total
-    sums = MetricSums(run.accelerator.device)
+    sums, trimmer = MetricSums(run.accelerator.device), Trimmer(run.accelerator.device)
     with run.screen.progress(total, run.state.step) as advance:
         for number in range(run.state.step, total):
             began = time.perf_counter()
@@ -146,8 +143,7 @@ def _loop(run: Run) -> None:
                 tokens=run.state.tokens + plan.computed_tokens,
                 seconds=run.state.seconds + time.perf_counter() - began,
             )
-            if step % TRIM_EVERY == 0:
-                trim(run.accelerator.device)
+            trimmer.after_step()
             advance(run.state.loss or math.nan)
             improved = False
             if is_due(step, recipe.eval.every, total) or step == total:
