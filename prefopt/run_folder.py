@@ -34,6 +34,9 @@ RECIPE, RESULT, SAMPLES = "recipe.yaml", "result.json", "samples.jsonl"
 STEP_ZERO, REFERENCE_SAMPLES = "step_zero.json", "reference_samples.jsonl"
 INPUTS, LOCK = "inputs.json", ".lock"
 
+DIGEST_LINE = "# What it computes: "
+"""Begins the second line of a stored recipe, which names its numbers."""
+
 FREE_TO_CHANGE = ("tracking.", "checkpoint.", "output", "eval.show", "data.processes")
 """Keys that change nothing of what a run computes: a run may be resumed under others."""
 
@@ -201,7 +204,25 @@ def _finished(path: Path) -> dict[str, Any] | None:
 def recipe_text(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML, headed by what its loss's numbers mean."""
     lines = [f"# {name}: {text}" for name, text in conventions(recipe.build_loss()).items()]
-    return "\n".join(["# The resolved recipe of this run. Its loss, spelled out:", *lines, recipe.to_yaml()])
+    head = ["# The resolved recipe of this run.", f"{DIGEST_LINE}{recipe_digest(recipe)}", "# Its loss, spelled out:"]
+    return "\n".join([*head, *lines, recipe.to_yaml()])
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """Return what is equal for recipes that compute the same."""
+    flat = flat_keys(recipe.to_mapping())
+    kept = sorted((key, value) for key, value in flat.items() if not key.startswith(FREE_TO_CHANGE))
+    return hashlib.blake2b(repr(kept).encode(), digest_size=8).hexdigest()
+
+
+def stored_digest(file: Path) -> str | None:
+    """Return the digest that heads a stored recipe; None where there is no such file, or no digest in it."""
+    try:
+        with file.open(encoding="utf-8") as stream:
+            head = [next(stream, "") for _ in range(2)]
+    except OSError:
+        return None
+    return next((line.removeprefix(DIGEST_LINE).strip() for line in head if line.startswith(DIGEST_LINE)), None)
 
 
 def conventions(loss: Loss) -> dict[str, str]:

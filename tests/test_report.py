@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 
 import numpy as np
@@ -97,6 +98,57 @@ def test_losses_with_more_and_with_fewer_seeds_are_compared_on_those_of_both(tmp
     assert any("compared are seeds 0, 1, which all have" in warning for warning in found.warnings)
 
 
+def test_a_setting_of_which_a_seed_failed_is_left_out_whatever_seeds_the_others_have(tmp_path):
+    runs = {
+        f"{loss}-{rate}-{seed}": {"loss": loss, "learning_rate": rate, "seed": seed, "skill": 0.5 + rate * 4000}
+        for loss, seeds in (("dpo", 2), ("ipo", 3)) for rate in (1e-5, 1e-4) for seed in range(seeds)
+    }  # fmt: skip
+    runs["ipo-0.0001-2"]["failed"] = "a gradient that is not finite"
+    found = answer(finished_sweep(tmp_path / "s", runs))
+    best = {standing.setting.contestant: standing.setting.varied["train.learning_rate"] for standing in found.standings}
+    assert best == {"dpo": 1e-4, "ipo": 1e-5}
+    assert any("ipo, learning_rate 0.0001 is left out: 2 of 3" in warning for warning in found.warnings)
+
+
+def test_one_run_of_another_loss_takes_no_seeds_from_the_others(tmp_path):
+    runs = two_losses(0.9) | {"kto-0": {"loss": "kto"}}
+    found = answer(finished_sweep(tmp_path / "s", runs))
+    assert found.versus[0].comparison.seeds == 3
+    assert any(warning.startswith("kto is left out: 1 of 3 seeds") for warning in found.warnings)
+
+
+def test_what_is_left_of_a_larger_grid_does_not_hold_up_the_answer(tmp_path):
+    runs = two_losses(0.9) | {"kto-0": {"loss": "kto", "failed": "never begun", "state": "unfinished"}}
+    sweep = finished_sweep(tmp_path / "s", runs)
+    content = json.loads((sweep / "sweep.json").read_text())
+    content["runs"][-1]["planned"] = False
+    (sweep / "sweep.json").write_text(json.dumps(content))
+    found = answer(sweep)
+    assert len(found.standings) == 2
+    assert not any("not every run has finished" in warning for warning in found.warnings)
+
+
+def test_one_seed_on_a_side_is_about_models_and_not_paired(tmp_path):
+    found = answer(finished_sweep(tmp_path / "s", {"dpo": {"loss": "dpo"}, "ipo": {"loss": "ipo", "seed": 5}}))
+    assert not found.versus[0].comparison.paired
+    assert "With one seed on a side this is about these trained models, not about the losses." in found.sentences
+
+
+def test_names_may_hold_what_is_mathematics_elsewhere(tmp_path):
+    runs = {name: {"data": f"{name}.jsonl"} for name in ("a$\\frac$1", "cost$_{$x")}
+    runs = {f"run{number}": facts for number, facts in enumerate(runs.values())}
+    written = write_report([finished_sweep(tmp_path / "s", runs)], tmp_path / "report")
+    assert any(file.suffix == ".svg" for file in written.files)
+
+
+def test_parts_of_a_sum_are_named_by_what_differs(tmp_path):
+    sums = [[{"name": "dpo", "beta": beta}, {"name": "sft", "weight": 0.5}] for beta in (0.1, 0.2)]
+    runs = {f"run{number}": {"loss": loss} for number, loss in enumerate(sums)}
+    names = [setting.name for setting in settings_of(read_runs([finished_sweep(tmp_path / "s", runs)]))]
+    assert len(set(names)) == 2
+    assert all("{" not in name and "0." in name for name in names), names
+
+
 def test_more_seeds_for_the_best_settings_alone_are_used(tmp_path):
     runs = {
         f"{loss}-{rate}-{seed}": {"loss": loss, "learning_rate": rate, "seed": seed}
@@ -112,7 +164,7 @@ def test_losses_of_other_seeds_are_two_samples(tmp_path):
         facts["seed"] += 10 * label.startswith("ipo")
     found = answer(finished_sweep(tmp_path / "s", runs))
     assert not found.versus[0].comparison.paired
-    assert any(warning.startswith("no seed is common to all") for warning in found.warnings)
+    assert any(warning.startswith("not all share their seeds") for warning in found.warnings)
     assert any("as two samples" in sentence for sentence in found.sentences)
 
 

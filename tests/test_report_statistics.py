@@ -46,6 +46,22 @@ def test_the_same_loss_under_two_names_is_called_different_in_at_most_7_of_100_c
     assert found <= 0.07 * SIMULATED
 
 
+@pytest.mark.parametrize("prompts", [10, 30, 100])
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_right_and_wrong_answers_that_tie_are_no_certainty(seeds, prompts):
+    generator = np.random.default_rng(seeds * prompts)
+    found, certain = 0, 0
+    for _ in range(SIMULATED):
+        hard = generator.random((1, prompts))  # of each prompt, the same for both
+        one, other = ((generator.random((seeds, prompts)) < hard).astype(float) for _ in range(2))
+        comparison = compare(one, other)
+        found += comparison.p < 0.05
+        certain += comparison.standard_error == 0.0 != comparison.difference
+        certain += compare_apart(one, other).standard_error == 0.0 != comparison.difference
+    assert found <= 0.07 * SIMULATED
+    assert not certain
+
+
 @pytest.mark.parametrize("seeds", [(2, 2), (2, 5), (4, 4)])
 @pytest.mark.parametrize("by_seed", [0.0, 0.03, 0.1])
 def test_runs_of_other_seeds_are_called_different_in_at_most_7_of_100_cases(seeds, by_seed):

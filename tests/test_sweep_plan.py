@@ -8,6 +8,7 @@ from world import make_model, make_pairs
 from prefopt.errors import RecipeError
 from prefopt.recipe import load_recipe
 from prefopt.recipe.text import dump_yaml
+from prefopt.run_folder import input_hashes, recipe_text, write_json
 from prefopt.sweep.caches import cache_builders
 from prefopt.sweep.folder import SweepFolder
 from prefopt.sweep.labels import labels_of
@@ -122,9 +123,12 @@ def test_unequal_terms_are_said(recipe):
     plan = load_sweep(recipe({"train.max_steps": [5, 10], **ONE_RATE}))
     assert any("40 to 80 comparisons: they are not on an equal budget" in note for note in plan.terms)
     assert any(note.startswith("one seed") for note in plan.terms)
-    points = [{"loss.name": "dpo"}, {"loss.name": "hinge", "train.learning_rate": [1e-4, 2e-4]}]
+    points = [
+        {"loss.name": "hinge", "train.learning_rate": 1e-4},
+        {"loss.name": "dpo", "train.learning_rate": [1e-4, 2e-4]},
+    ]
     apart = load_sweep(recipe({"points": points}))
-    assert any(note.startswith("dpo was tried at 1 learning rate and hinge at 2") for note in apart.terms)
+    assert any(note.startswith("hinge was tried at 1 learning rate and dpo at 2") for note in apart.terms)
 
 
 def test_one_run_builds_the_cache_of_all(recipe):
@@ -161,6 +165,13 @@ def test_the_command_line_changes_axes_and_recipe(recipe):
         ({"output": ["a"]}, "sweep.output", "a key that changes what a run computes"),
         ({"points": [{"loss.beta": 1}], "loss.beta": [1]}, "sweep.loss.beta", "every key once"),
         ({"points": {}}, "sweep.points", "a list of mappings"),
+        ({"loss": ["dpo"], "loss.name": ["ipo"]}, "sweep.loss.name", "every key once"),
+        (
+            {"points": [{"loss": {"name": "simpo", "beta": 2}}], "loss.beta": [0.1]},
+            "sweep.loss.beta",
+            "take it out of one of the two",
+        ),
+        ({"seed": [0, 1], "early_stopping": "asha"}, "sweep.early_stopping", "one seed"),
         ({"seed": {"log_uniform": [0, 1]}, "samples": 2}, "sweep.seed", "two positive numbers"),
         ({"seed": {"choice": [0, 1]}}, "sweep.samples", "how often to draw"),
         ({"seed": [0], "samples": 3}, "sweep.samples", "an axis to draw from"),
@@ -203,6 +214,7 @@ def test_a_mistake_that_some_runs_have_names_them_once(recipe):
         ({"seed": [0, 1]}, "seed=3", "sweep.seed=[3]"),
         ({"loss.name": ["dpo", "hinge"]}, "loss=ipo", "sweep.loss.name=[ipo]"),
         ({"loss": ["dpo", "hinge"]}, "loss.beta=0.3", "write it into the values of loss"),
+        ({"train.epochs": [1, 2]}, "train.max_steps=3", "sweep.train.max_steps=[3]"),
     ],
 )
 def test_what_an_axis_decides_is_not_changed_like_a_key(recipe, axes, written, fix):
@@ -251,6 +263,94 @@ def test_a_run_keeps_the_name_under_which_it_is_known_when_the_grid_grows(recipe
     (run,) = folder.adopt(load_sweep(recipe(other))).runs
     assert run.label == "dpo-learning_rate0.0005"
     assert run.recipe.output.endswith("runs/dpo-learning_rate0.0005")
+
+
+def written(plan, **facts):
+    folder = SweepFolder(plan.folder)
+    with folder.held():
+        plan = folder.adopt(plan)
+        folder.write(plan, threads=1, command="")
+    return folder
+
+
+def begun(folder, plan, state="finished"):
+    """Pretend that every run of a plan has begun."""
+    for run in plan.runs:
+        folder.run(run.label).mkdir(parents=True)
+        (folder.run(run.label) / "recipe.yaml").write_text(recipe_text(run.recipe))
+        (folder.run(run.label) / "result.json").write_text(f'{{"status": "{state}"}}')
+
+
+def test_a_result_belongs_to_the_recipe_that_stands_beside_it(recipe):
+    first = load_sweep(recipe({"seed": [0], "train.learning_rate": [2e-4]}))
+    folder = written(first)
+    begun(folder, first)
+    (folder.path / "sweep.json").write_text("{")
+    (other,) = folder.adopt(load_sweep(recipe({"seed": [0], "train.learning_rate": [3e-4]}))).runs
+    assert other.label != "seed0"
+    (same,) = folder.adopt(load_sweep(recipe({"seed": [0], "train.learning_rate": [2e-4]}))).runs
+    assert same.label == "seed0"
+    assert folder.finished(same.label)
+
+
+def test_a_recipe_that_a_killed_command_left_is_not_trained_under_another_name(recipe):
+    folder = written(load_sweep(recipe({"seed": [0], "train.learning_rate": [1e-4]})))
+    killed = folder.adopt(load_sweep(recipe({"seed": [0], "train.learning_rate": [2e-4]}))).runs[0]
+    folder.write_recipe(killed)
+    plan = load_sweep(recipe({"seed": [0], "train.learning_rate": [3e-4]}))
+    written(plan)
+    (run,) = folder.adopt(plan).runs
+    assert load_recipe(str(folder.recipe(run.label))).train.learning_rate == 3e-4
+
+
+def test_a_run_of_a_version_that_stored_no_digest_is_known_by_its_keys(recipe):
+    plan = load_sweep(recipe({"seed": [0], **ONE_RATE}))
+    folder = written(plan)
+    file = folder.recipe("seed0")
+    file.write_text("".join(line for line in file.read_text().splitlines(True) if "What it computes" not in line))
+    assert [run.label for run in folder.adopt(plan).runs] == ["seed0"]
+
+
+def test_files_that_changed_are_noticed_whatever_the_names_and_whichever_run_read_them(recipe, tmp_path):
+    files = [make_pairs(tmp_path / f"{name}.jsonl") for name in ("a", "b", "held")]
+    data = {"train": str(files[0]), "eval": str(files[2]), "processes": 1}
+    axes = {"data.train": [str(file) for file in files[:2]], **ONE_RATE}
+    plan = load_sweep(recipe(axes, data=data))
+    folder = written(plan)
+    for run in folder.adopt(plan).runs:
+        folder.run(run.label).mkdir(parents=True)
+        write_json(folder.run(run.label) / "inputs.json", input_hashes(run.recipe))
+    files[1].write_text(files[1].read_text() + files[1].read_text().splitlines(True)[0])
+    with pytest.raises(RecipeError, match=r"content of .*b\.jsonl"):
+        folder.adopt(load_sweep(recipe({**axes, "seed": [0, 1]}, data=data)))
+
+
+def test_another_length_is_another_sweep_also_where_the_batch_size_varies(recipe):
+    axes = {"train.batch_size": [8, 16], **ONE_RATE}
+    folder = written(load_sweep(recipe(axes)))
+    assert folder.adopt(load_sweep(recipe({"train.batch_size": [4, 8, 16], **ONE_RATE})))
+    with pytest.raises(RecipeError, match=r"other train\.max_steps"):
+        folder.adopt(load_sweep(recipe(axes), ["train.max_steps=50"]))
+
+
+def test_another_loss_is_another_sweep_where_only_its_beta_varies(recipe):
+    folder = written(load_sweep(recipe({"loss.beta": [0.1, 0.2], **ONE_RATE})))
+    with pytest.raises(RecipeError, match="other loss"):
+        folder.adopt(load_sweep(recipe({"loss.beta": [0.1, 0.2], **ONE_RATE}), ["loss.name=hinge"]))
+
+
+def test_points_without_a_learning_rate_get_the_default_ones(recipe):
+    points = [{"loss": "ipo", "train.learning_rate": [1e-3]}, {"loss": "dpo"}]
+    plan = load_sweep(recipe({"points": points}))
+    rates = [(run.recipe.build_loss().name, run.recipe.train.learning_rate) for run in plan.runs]
+    assert rates == [("ipo", 1e-3), ("dpo", 3.3e-5), ("dpo", 1e-4), ("dpo", 3e-4)]
+    moved = load_sweep(recipe({"points": points}), ["train.learning_rate=3e-3"])
+    assert [run.recipe.train.learning_rate for run in moved.runs] == [1e-3, 1e-3, 3e-3, 9e-3]
+
+
+def test_lengths_in_epochs_go_with_batch_sizes(recipe):
+    plan = load_sweep(recipe({"train.epochs": [1, 2], "train.batch_size": [8, 16], **ONE_RATE}))
+    assert {run.recipe.train.max_steps for run in plan.runs} == {None}
 
 
 def test_a_folder_takes_no_runs_of_another_recipe_under_new_names(recipe):

@@ -31,8 +31,8 @@ def answer_of(
     if open_ones:
         yield from _open_words(metric, open_ones)
     if any(one.comparison.seeds == 1 for one in versus):
-        yield "With one seed on a side this says that these trained models differ, not that the losses do."
-    if apart := [one for one in versus if not one.comparison.paired]:
+        yield "With one seed on a side this is about these trained models, not about the losses."
+    if apart := [one for one in versus if not one.comparison.paired and one.comparison.seeds > 1]:
         yield f"{_names(apart)} had other seeds: compared as two samples, which shows less than the same seeds would."
 
 

@@ -61,8 +61,8 @@ def _draw(axes: Any, panel: Panel, colors: Mapping[str, str]) -> None:
         axes.set_xticks(range(len(violins)), names, rotation=20, ha="right")
     if panel.log_x:
         axes.set_xscale("log")
-    axes.set_xlabel(panel.x)
-    axes.set_ylabel(panel.y)
+    axes.set_xlabel(_plain(panel.x))
+    axes.set_ylabel(_plain(panel.y))
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
@@ -78,7 +78,9 @@ def _draw_points(axes: Any, series: Series, color: str) -> None:
     if series.kind == "interval":
         value = series.x[0]
         reach = [[value - series.low[0]], [series.high[0] - value]]
-        axes.errorbar([value], list(series.y), xerr=reach, fmt="o", color=color, capsize=3)
+        axes.errorbar(
+            [value], [_shortened(str(name)) for name in series.y], xerr=reach, fmt="o", color=color, capsize=3
+        )
         return
     style = "none" if series.kind == "points" else ":" if series.dashed else "-"
     alpha, width = (0.35, 0.8) if series.faint else (1.0, 1.8)
@@ -95,7 +97,12 @@ def _draw_bars(axes: Any, series: Series, color: str, groups: Sequence[str], num
 
 
 def _shortened(name: str) -> str:
-    return shorten(name, LONGEST, placeholder="…")
+    return _plain(shorten(name, LONGEST, placeholder="…"))
+
+
+def _plain(words: str) -> str:
+    """Return words of which matplotlib takes nothing for mathematics."""
+    return words.replace("$", r"\$")
 
 
 def _draw_violin(axes: Any, series: Series, color: str, place: int) -> None:

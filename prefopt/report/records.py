@@ -92,7 +92,7 @@ class RunRecord:
             if key not in ("loss", "seed") and not key.startswith(("loss.", *FREE_TO_CHANGE))
         }
         content = {f"{CONTENT}{path}": digest[:8] for path, digest in read_json(self.folder / INPUTS).items()}
-        own = {f"loss.{name}": value for name, value in self.loss.hyperparameters.items()}
+        own = {f"loss.{name}": value for name, value in flat_keys(self.loss.hyperparameters).items()}
         return {"loss": self.loss.name, **own, **kept, **content}
 
     @property
@@ -200,6 +200,8 @@ def _read_sweep(path: Path) -> list[RunRecord]:
     records = []
     for entry in content["runs"]:
         folder, label = path / entry["folder"], entry["label"]
+        if not entry.get("planned", True) and read_json(folder / RESULT).get("status") != "finished":
+            continue  # left over from a larger grid
         status = read_json(path / "status" / f"{label}.json")
         where = folder if (folder / RECIPE).is_file() else path / "recipes" / f"{label}.yaml"
         record = read_run(where, label=label, status=status, tokens=content.get("tokens"))

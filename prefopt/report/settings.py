@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 from prefopt.report.records import CONTENT, RunRecord
@@ -38,6 +39,8 @@ class Setting:
         return len(self.finished) == self.wanted
 
 
+MOST_CHARACTERS = 40
+"""Of a list or mapping in a name."""
 MOST_PARTS = 4
 """A single run that differs in more keys is called by its folder."""
 
@@ -110,4 +113,6 @@ def shown(value: Any) -> str:
     """Return a value as a table shows it."""
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, list | tuple | dict):
+        return shorten(str(value), MOST_CHARACTERS, placeholder="…")
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -128,4 +128,5 @@ def compare_standings(
         return compare(tables[0], tables[1], weights, spread=spread)
     if min(map(len, tables)) > 1:
         return compare_apart(tables[0], tables[1], weights)
-    return compare(tables[0].mean(0, keepdims=True), tables[1].mean(0, keepdims=True), weights)
+    means = [table.mean(0, keepdims=True) for table in tables]
+    return replace(compare(means[0], means[1], weights), paired=False)

@@ -124,7 +124,7 @@ def compare_apart(one: np.ndarray, other: np.ndarray, weights: np.ndarray | None
     by_prompts = max(0.0, float(of_prompts.var(ddof=1)) - sum(rest)) / prompts if prompts > 1 else 0.0
     of_each = sum(part**2 / (len(table) - 1) for part, table in zip(parts, tables))
     welch = sum(parts) ** 2 / of_each if of_each else float(len(one) + len(other) - 2)
-    error, degrees = _combined(sum(parts), welch, by_prompts, max(1.0, prompts - 1.0))
+    error, degrees = _combined(sum(parts), welch, by_prompts, max(1.0, prompts - 1.0), least=sum(rest) / prompts)
     return _comparison(float(of_prompts.mean()), error, degrees, min(len(one), len(other)), prompts, paired=False)
 
 
@@ -158,10 +158,10 @@ def _standard_error(table: np.ndarray, spread: Spread | None) -> tuple[float, fl
     if seeds == 1:
         return (float(of_prompts.std(ddof=1)) / math.sqrt(prompts) if prompts > 1 else 0.0), max(1.0, prompts - 1.0)
     spread = spread or Spread(float(of_seeds.var(ddof=1)), seeds - 1.0)
-    by_prompts = 0.0
-    if prompts > 1:
-        by_prompts = max(0.0, float(of_prompts.var(ddof=1)) - _rest(table) / seeds) / prompts
-    return _combined(spread.variance / seeds, spread.degrees, by_prompts, max(1.0, prompts - 1.0))
+    rest = _rest(table) if prompts > 1 else 0.0
+    by_prompts = max(0.0, float(of_prompts.var(ddof=1)) - rest / seeds) / prompts if prompts > 1 else 0.0
+    many = max(1.0, prompts - 1.0)
+    return _combined(spread.variance / seeds, spread.degrees, by_prompts, many, least=rest / (seeds * prompts))
 
 
 def _rest(table: np.ndarray) -> float:
@@ -171,8 +171,13 @@ def _rest(table: np.ndarray) -> float:
     return float((rest**2).sum()) / ((seeds - 1) * (prompts - 1))
 
 
-def _combined(by_seeds: float, few: float, by_prompts: float, many: float) -> tuple[float, float]:
-    """Return the root of two variances, and the degrees of the t whose critical value is weighted by them."""
+def _combined(by_seeds: float, few: float, by_prompts: float, many: float, *, least: float) -> tuple[float, float]:
+    """Return the root of two variances, and the degrees of the t whose critical value is weighted by them.
+
+    Outcomes of 0 and 1 tie: two seeds with the same mean say that seeds make no difference. What is `least` is the part
+    of the variance that is neither of seeds nor of prompts; as far as it is missing it counts as the seeds'.
+    """
+    by_seeds = max(by_seeds, least - by_prompts)
     total = by_seeds + by_prompts
     if total == 0.0:
         return 0.0, many

@@ -21,23 +21,32 @@ def unequal_terms(recipes: Sequence[Recipe]) -> list[str]:
     return [*_budget(recipes), *_origins(list(differing)), *_learning_rates(recipes), *_seeds(recipes)]
 
 
+def equally_long(recipes: Sequence[Recipe]) -> bool:
+    """Whether runs see as many comparisons, but for rounding to whole batches, or make as many passes."""
+    train = [recipe.train for recipe in recipes]
+    counted = [one.max_steps * one.batch_size for one in train if one.max_steps is not None]
+    passes = {one.epochs for one in train if one.max_steps is None}
+    if counted and passes:
+        return False
+    return len(passes) == 1 if passes else max(counted) - min(counted) < max(one.batch_size for one in train)
+
+
 def _budget(recipes: Sequence[Recipe]) -> Iterator[str]:
-    """Yield what is to be said of lengths; another batch size with as many comparisons is the same length."""
-    lengths = [(recipe.train.max_steps, recipe.train.batch_size, recipe.train.epochs) for recipe in recipes]
-    counted = [steps * size for steps, size, _ in lengths if steps is not None]
-    passes = {epochs for steps, _, epochs in lengths if steps is None}
-    largest = max(size for _, size, _ in lengths)
-    if counted and not passes and max(counted) - min(counted) >= largest:
-        yield f"runs see {min(counted):,} to {max(counted):,} comparisons: they are not on an equal budget"
-    elif passes and (counted or len(passes) > 1):
-        said = ", ".join(f"{each:g} epochs" for each in sorted(each for each in passes if each is not None))
-        steps = f" and {min(counted):,} to {max(counted):,} comparisons" if counted else ""
-        yield f"runs see {said}{steps}: they are not on an equal budget"
+    if equally_long(recipes):
+        return
+    train = [recipe.train for recipe in recipes]
+    counted = [one.max_steps * one.batch_size for one in train if one.max_steps is not None]
+    passes = sorted({one.epochs for one in train if one.max_steps is None and one.epochs is not None})
+    said = [f"{min(counted):,} to {max(counted):,} comparisons"] if counted else []
+    said += [f"{', '.join(f'{each:g}' for each in passes)} epochs"] if passes else []
+    yield f"runs see {' and '.join(said)}: they are not on an equal budget"
 
 
 def _origins(differing: Sequence[str]) -> Iterator[str]:
     if rows := [key for key in differing if key.startswith("data.") and not key.startswith(ORDER_ONLY)]:
         yield f"runs differ in their data ({', '.join(rows)})"
+    if "model.path" in differing:
+        yield "runs differ in their base model: a report compares them only where they have the same tokenizer"
     if models := [key for key in differing if key.split(".")[0] in ("model", "adapter", "reference")]:
         yield f"runs differ in {', '.join(models)}: their KL and drift are from different starting points"
 

@@ -1,7 +1,7 @@
 """Early stopping: runs as trials of Ray Tune, where ASHA ends those that fall behind (Li et al. 2018, 1810.05934).
 
-Rungs are counted in percent of a run, so that runs of other lengths are compared at the same share of them. A trial is
-never stopped for its length: after its last look a run still saves its model.
+Rungs are counted in percent of a run, so that runs of other lengths are compared at the same share of them. The last
+look is not judged: its budget is spent, and after it a run still saves its model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prefopt.run_folder import read_json
 from prefopt.sweep.axes import EarlyStopping
 from prefopt.sweep.folder import SweepFolder
 from prefopt.sweep.local import LOOK_EVERY, PATIENCE, end_gently, settle
-from prefopt.sweep.on_ray import Cluster, Place, place_of, started, stopped
+from prefopt.sweep.on_ray import Cluster, Place, lost, place_of, started, stopped
 from prefopt.sweep.outcome import Outcome, read_outcome
 from prefopt.sweep.plan import PlannedRun
 from prefopt.sweep.screen import SweepScreen
@@ -42,8 +42,8 @@ def run_under_asha(
     """
     tuner = _tuner(at, folder, runs, stopping, sweep)
     _stop_file(folder).unlink(missing_ok=True)
-    for run in runs:
-        _under_way(folder, run.label).unlink(missing_ok=True)
+    for left in (folder.path / "status").glob(f"*{UNDER_WAY}"):
+        left.unlink()
     with screen.progress(), _announced(folder, [run.label for run in runs], screen):
         try:
             tuner.fit()
@@ -99,32 +99,27 @@ def _wait_for_trials(folder: SweepFolder) -> None:
 def _announced(folder: SweepFolder, labels: list[str], screen: SweepScreen) -> Iterator[None]:
     """Say how each trial ended as its status appears; in the end, also of those that were lost."""
     over, before = Event(), {label: read_outcome(folder.status(label)) for label in labels}
-    announcer = Thread(target=_announce, args=(folder, before, screen, over))
+    announcer = Thread(target=_announce, args=(folder, before, screen, over), daemon=True)
     announcer.start()
-    interrupted = True
+    patience = 0.0  # after Ctrl-C trials were waited for
     try:
         yield
-        interrupted = False
+        patience = PATIENCE
     finally:
         over.set()
-        announcer.join()
-    for label in [] if interrupted else before:
-        outcome = Outcome("killed", "lost with its worker")
-        folder.record(label, outcome)
-        screen.finished(label, outcome)
+        announcer.join(patience + 1.0)
+    for label in list(before) if patience else ():
+        screen.finished(label, lost(folder, label))
 
 
 def _announce(folder: SweepFolder, before: dict[str, Outcome | None], screen: SweepScreen, over: Event) -> None:
     """Take a trial out of `before` once its outcome is another; Tune may be done before the last ones have saved."""
-    deadline = None
     while before:
         for label in [label for label, known in before.items() if read_outcome(folder.status(label)) != known]:
             del before[label]
             screen.finished(label, folder.outcome(label) or Outcome("killed", "its result is gone"))
-        if over.is_set():
-            deadline = deadline or time.monotonic() + PATIENCE
-            if time.monotonic() > deadline or not any((folder.path / "status").glob(f"*{UNDER_WAY}")):
-                break
+        if over.is_set() and not any((folder.path / "status").glob(f"*{UNDER_WAY}")):
+            break
         time.sleep(LOOK_EVERY)
 
 
@@ -186,4 +181,5 @@ class _Trial:
         key, total = self.metric.replace("eval.", "eval/").replace(".", "/"), read_json(run / "environment.json")
         steps = total.get("steps") or 1
         lines = [line for line in read_metrics(run / "metrics.jsonl") if key in line and line["step"] > 0]
-        return [{self.metric: line[key], PERCENT: 100 * line["step"] / steps} for line in lines]
+        # at 0 % no rung is reached: so the last look is not judged
+        return [{self.metric: line[key], PERCENT: 100 * line["step"] / steps % 100} for line in lines]

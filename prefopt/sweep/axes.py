@@ -79,9 +79,14 @@ class Axes:
             dict.fromkeys([*inside, *(axis.key for axis in self.grid), *(each.key for each in self.distributions)])
         )
 
-    def with_axis(self, axis: Axis) -> Axes:
-        """Return the same with one axis more."""
-        return replace(self, grid=(*self.grid, axis))
+    def with_default(self, axis: Axis) -> Axes:
+        """Return the same with an axis wherever its key does not vary: in some of the points, or crossed with all."""
+        if axis.key in [each.key for each in self.grid] + [each.key for each in self.distributions]:
+            return self
+        if not any(each.key == axis.key for point in self.points for each in point):
+            return replace(self, grid=(*self.grid, axis))
+        points = [point if any(each.key == axis.key for each in point) else (*point, axis) for point in self.points]
+        return replace(self, points=tuple(points))
 
     def count(self) -> int:
         """Return the number of runs."""

@@ -54,6 +54,7 @@ def sweep(recipe: str, overrides: Sequence[str], options: SweepOptions, console:
     if options.ray is not None:
         require_ray()
     with folder.held(), _sigterm_is_ctrl_c():
+        plan = folder.adopt(plan)
         slots = _slots(folder, options)
         todo = unfinished(folder, plan.runs, retry=options.retry)
         opening(console, plan, folder, todo, where=_where(slots, options), threads=slots.threads)
@@ -71,7 +72,9 @@ def sweep(recipe: str, overrides: Sequence[str], options: SweepOptions, console:
 def show_commands(recipe: str, overrides: Sequence[str], options: SweepOptions, console: Console) -> None:
     """Print a sweep as shell commands, for Slurm or any other scheduler; recipes are written, nothing runs."""
     plan, folder = _planned(recipe, overrides, console)
+    _refuse_early_stopping_here(plan, SweepOptions())
     with folder.held():
+        plan = folder.adopt(plan)
         threads = _slots(folder, options).threads
         folder.write(plan, threads=threads, command=_typed(recipe, overrides, threads, options))
         todo = unfinished(folder, plan.runs, retry=True)
@@ -89,14 +92,14 @@ def show_commands(recipe: str, overrides: Sequence[str], options: SweepOptions, 
 def preview(recipe: str, overrides: Sequence[str], console: Console) -> None:
     """Print every run of a sweep and what its beta amounts to; nothing is written."""
     plan, folder = _planned(recipe, overrides, console)
+    plan = folder.adopt(plan)
     show_plan(console, plan, {run.label: folder.outcome(run.label) for run in plan.runs})
 
 
 def _planned(recipe: str, overrides: Sequence[str], console: Console) -> tuple[SweepPlan, SweepFolder]:
     with console.status("planning"):
         plan = load_sweep(recipe, overrides)
-        folder = SweepFolder(plan.folder)
-        return folder.adopt(plan), folder
+    return plan, SweepFolder(plan.folder)
 
 
 def _typed(recipe: str, overrides: Sequence[str], threads: int, options: SweepOptions) -> str:
@@ -141,8 +144,8 @@ def _confirm(folder: SweepFolder, plan: SweepPlan, todo: Sequence[PlannedRun], s
         Interrupted: the answer was no.
     """
     Screen(console).named("", f"{len(todo):,} runs: watching the first one to say how long they will take")
-    folder.write_recipe(plan.runs[0])
-    each = seconds_per_run(folder, plan.runs, sweep=plan.name, threads=slots.threads)
+    folder.write_recipe(todo[0])
+    each = seconds_per_run(folder, plan.runs, todo[0], sweep=plan.name, threads=slots.threads)
     if each is None:
         last = folder.outcome(plan.runs[0].label)
         said = f"how long they take could not be found out ({last.reason if last else 'the first one did not begin'})"
@@ -193,12 +196,12 @@ def _do(
     console: Console,
 ) -> None:  # fmt: skip
     """Score the reference, then do the runs: here, or on a cluster that has answered before anything is scored."""
-    screen = SweepScreen(console, folder, len(todo), slots.count)
     if options.ray is None:
         build_caches(folder, todo, slots.threads, console)
-        run_locally(folder, todo, slots, screen, sweep=plan.name)
+        run_locally(folder, todo, slots, SweepScreen(console, folder, len(todo), slots.count), sweep=plan.name)
         return
     with cluster(options.ray, threads=slots.threads) as at:
+        screen = SweepScreen(console, folder, len(todo), at.at_a_time())
         build_caches(folder, todo, slots.threads, console)
         if plan.axes.early_stopping is None:
             run_on_ray(at, folder, todo, screen, sweep=plan.name)

@@ -18,17 +18,18 @@ SHARE, LONGEST = 0.2, 180.0
 """The first run is watched until this share of its steps is done, or for so many seconds."""
 
 
-def seconds_per_run(folder: SweepFolder, runs: Sequence[PlannedRun], *, sweep: str, threads: int) -> float | None:
+def seconds_per_run(
+    folder: SweepFolder, runs: Sequence[PlannedRun], first: PlannedRun, *, sweep: str, threads: int
+) -> float | None:
     """Return the seconds that one run takes; None where it could not be found out.
 
-    Where none of the sweep has ended, the first one begins, is watched for a while and stopped with its state saved:
-    the time is not lost. What it reads of the reference is scored before, for later runs do not do it again.
+    Where none of the sweep has ended, the first one to do begins, is watched for a while and stopped with its state
+    saved: the time is not lost. What it reads of the reference is scored before, for later runs do not do it again.
     """
-    known = [one.seconds for run in runs if (one := folder.outcome(run.label)) and one.state == "finished"]
+    known = [one.spent for run in runs if (one := folder.outcome(run.label)) and one.state == "finished"]
     known = [seconds for seconds in known if seconds]
     if known:
         return sum(known) / len(known)
-    first = runs[0]
     if first.recipe.reference.cache != "off":
         scoring = start(["cache", "build", str(folder.recipe(first.label))], folder.cache_log(), threads=threads)
         with _ended_in_any_case(scoring):
@@ -46,14 +47,14 @@ def _ended_in_any_case(child: Child) -> Iterator[None]:
 
 
 def _watch(folder: SweepFolder, run: PlannedRun, sweep: str, threads: int) -> float | None:
-    began = time.time()
+    began, before = time.time(), how_far(folder.run(run.label))[0] or 0.0
     command = ["train", str(folder.recipe(run.label))]
     child = start(command, folder.log(run.label), threads=threads, environment=run_variables(sweep))
     try:
         while child.code() is None and child.seconds() < LONGEST:
             time.sleep(0.2)
             share, _ = how_far(folder.run(run.label))
-            if share is not None and share >= SHARE:
+            if share is not None and share >= min(1.0, before + SHARE):
                 break
         spent, ended = child.seconds(), child.code()
         share, _ = how_far(folder.run(run.label))
@@ -63,7 +64,7 @@ def _watch(folder: SweepFolder, run: PlannedRun, sweep: str, threads: int) -> fl
     if ended is not None:
         return spent if ended == 0 else None
     set_up = folder.run(run.label) / "environment.json"
-    if not share or not set_up.exists():
+    if not share or share <= before or not set_up.exists():
         return None
     start_up = min(max(0.0, set_up.stat().st_mtime - began), spent)
-    return start_up + (spent - start_up) / share
+    return start_up + (spent - start_up) / (share - before)

@@ -21,13 +21,16 @@ from typing import Any
 from prefopt.errors import Problem, RecipeError
 from prefopt.recipe import load_recipe
 from prefopt.report.records import SWEEP
+from prefopt.report.terms import equally_long
 from prefopt.run_folder import (
     INPUTS,
+    RECIPE,
     RESULT,
     differing_keys,
     input_hashes,
     read_json,
     recipe_text,
+    stored_digest,
     write_json,
     write_text,
 )
@@ -35,8 +38,8 @@ from prefopt.sweep.labels import labels_of
 from prefopt.sweep.outcome import Outcome, read_outcome
 from prefopt.sweep.plan import PlannedRun, SweepPlan
 
-DECIDE_TOGETHER = (("train.max_steps", "train.epochs", "train.batch_size"),)
-"""Keys of which one follows from another: with one of them the others vary."""
+LENGTH = ("train.max_steps", "train.epochs")
+"""Two ways to say the length of a run."""
 
 
 class SweepFolder:
@@ -89,8 +92,11 @@ class SweepFolder:
         """Keep other sweeps out of the folder; the system lets go when the process ends.
 
         Raises:
-            RecipeError: another process sweeps here, or the folder cannot be written.
+            RecipeError: it holds a single run, another process sweeps here, or it cannot be written.
         """
+        if (self.path / RECIPE).exists():
+            given = f"{self.path}, which holds a single run"
+            raise RecipeError(Problem("output", "a folder for a sweep", given, "choose another output=FOLDER"))
         try:
             for name in ("recipes", "runs", "logs", "status"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
@@ -112,21 +118,34 @@ class SweepFolder:
     def adopt(self, plan: SweepPlan) -> SweepPlan:
         """Return the plan with the names that its runs have here already, and free ones for new runs.
 
+        What a stored recipe computes stands in it; a name alone says nothing.
+
         Raises:
-            RecipeError: the folder holds a single run, or a sweep of another recipe.
+            RecipeError: the folder holds a sweep of another recipe, or runs on files that have changed.
         """
-        refuse_other_sweep(self, plan)
-        entries = self.stored().get("runs", [])
-        known = {entry["digest"]: entry["label"] for entry in entries}
-        taken = {entry["label"] for entry in entries}
+        known = {digest: label for label, digest in self._known().items() if digest is not None}
+        taken = set(self._known())
         runs = []
         for run in plan.runs:
             label = known.get(run.digest, run.label)
-            if run.digest not in known:
-                label = run.label if run.label not in taken else labels_of([run.changes], taken)[0]
-                taken.add(label)
+            if label in taken and run.digest not in known and not self._same(run):
+                label = labels_of([run.changes], taken)[0]
+            taken.add(label)
             runs.append(run if label == run.label else run.called(label, self.path))
-        return replace(plan, runs=tuple(runs))
+        adopted = replace(plan, runs=tuple(runs))
+        refuse_other_sweep(self, adopted)
+        return adopted
+
+    def _known(self) -> dict[str, str | None]:
+        """Return the digest of every run of which there is a recipe; its own, where it has begun."""
+        files = [*(self.path / "recipes").glob("*.yaml"), *(self.path / "runs").glob(f"*/{RECIPE}")]
+        return {file.parent.name if file.name == RECIPE else file.stem: stored_digest(file) for file in files}
+
+    def _same(self, run: PlannedRun) -> bool:
+        """Whether the stored recipe of this name, written by another version perhaps, computes the same."""
+        begun = self.run(run.label) / RECIPE
+        stored = load_recipe(str(begun if begun.exists() else self.recipe(run.label)), check_files=False)
+        return not differing_keys(stored, run.recipe)
 
     def write_recipe(self, run: PlannedRun) -> None:
         """Write the whole recipe of a run."""
@@ -135,11 +154,11 @@ class SweepFolder:
     def write(self, plan: SweepPlan, *, threads: int, command: str) -> None:
         """Write the recipes and `sweep.json`; runs of an earlier, larger or smaller grid stay in it."""
         earlier = self.stored()
-        stayed = earlier.get("output") == str(plan.folder)  # 10 ms each: not again for thousands of runs
+        stayed = earlier.get("output") == str(plan.folder)
         for run in plan.runs:
-            if not (stayed and self.recipe(run.label).exists()):
+            if not stayed or stored_digest(self.recipe(run.label)) != run.digest:  # 10 ms each for thousands of runs
                 self.write_recipe(run)
-        entries = {entry["label"]: entry for entry in earlier.get("runs", [])}
+        entries = {entry["label"]: {**entry, "planned": False} for entry in earlier.get("runs", [])}
         entries |= {run.label: _entry(run) for run in plan.runs}
         commands = dict.fromkeys([*earlier.get("commands", []), command])
         content = {
@@ -157,14 +176,11 @@ class SweepFolder:
 
 
 def _entry(run: PlannedRun) -> dict[str, Any]:
-    return {"label": run.label, "changes": run.changes, "folder": f"runs/{run.label}", "digest": run.digest}
+    return {"label": run.label, "changes": run.changes, "folder": f"runs/{run.label}", "planned": True}
 
 
 def refuse_other_sweep(folder: SweepFolder, plan: SweepPlan) -> None:
-    """Raise RecipeError where a folder holds a single run, a sweep of another recipe, or runs on other files."""
-    if (folder.path / "recipe.yaml").exists():
-        given = f"{folder.path}, which holds a single run"
-        raise RecipeError(Problem("output", "a folder for a sweep", given, "choose another output=FOLDER"))
+    """Raise RecipeError where a folder holds a sweep of another recipe, or runs on files that have changed."""
     content = [f"content of {path}" for path in _changed_inputs(folder, plan)]
     if other := [*_other_base(folder, plan), *dict.fromkeys(content)]:
         fix = f"choose another output=FOLDER, or remove {folder.path}"
@@ -178,19 +194,25 @@ def _other_base(folder: SweepFolder, plan: SweepPlan) -> list[str]:
     file = next((one for entry in stored.get("runs", []) if (one := folder.recipe(entry["label"])).exists()), None)
     if file is None:
         return []
+    there, here = load_recipe(str(file), check_files=False), plan.runs[0].recipe
     varied = {*stored.get("axes", []), *plan.axes.varied()}
-    free = {key for group in DECIDE_TOGETHER if varied & set(group) for key in group}
-    free |= {"loss"} if any(key.startswith("loss.") for key in varied) else set()
-    differing = differing_keys(load_recipe(str(file), check_files=False), plan.runs[0].recipe)
-    return [key for key in differing if not any(f"{key}.".startswith(f"{one}.") for one in varied | free)]
+    if varied & {"loss", "loss.name"}:
+        varied.add("loss")  # a method has hyper-parameters of its own
+    if varied & set(LENGTH) or ("train.batch_size" in varied and equally_long([there, here])):
+        varied.update(LENGTH)
+    return [key for key in differing_keys(there, here) if not any(f"{key}.".startswith(f"{one}.") for one in varied)]
 
 
 def _changed_inputs(folder: SweepFolder, plan: SweepPlan) -> Iterator[str]:
     """Yield the files that a run has read and that have another content now."""
-    begun = [run for run in plan.runs if (folder.run(run.label) / INPUTS).exists()]
-    now = input_hashes(plan.runs[0].recipe) if begun else {}
-    for run in begun:
+    now: dict[str, str] = {}
+    hashed = set()
+    for run in plan.runs:
         before = read_json(folder.run(run.label) / INPUTS)
+        reads = repr([run.recipe.data, run.recipe.model, run.recipe.reference, run.recipe.adapter])
+        if before and reads not in hashed:
+            hashed.add(reads)
+            now |= input_hashes(run.recipe)
         yield from (path for path in before if path in now and before[path] != now[path])
 
 
@@ -201,7 +223,7 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 def unfinished(folder: SweepFolder, runs: Sequence[PlannedRun], *, retry: bool) -> list[PlannedRun]:
     """Return the runs that a command has to do: all but those that finished, failed or were stopped for good."""
-    settled = ("finished",) if retry else ("finished", "failed", "stopped")
+    settled = ("finished", "stopped") if retry else ("finished", "failed", "stopped")
     outcomes = {run.label: folder.outcome(run.label) for run in runs}
     return [run for run in runs if (one := outcomes[run.label]) is None or one.state not in settled]
 

@@ -59,15 +59,14 @@ def run_variables(sweep: str) -> dict[str, str]:
 
 def run_locally(
     folder: SweepFolder, runs: Sequence[PlannedRun], slots: Slots, screen: SweepScreen, *, sweep: str
-) -> dict[str, Outcome]:
+) -> None:
     """Do the runs, and record how each ended.
 
     Raises:
         Interrupted: Ctrl-C; every run has saved its state.
     """
     waiting, running = list(runs), dict[str, tuple[PlannedRun, Child]]()
-    outcomes: dict[str, Outcome] = {}
-    with screen.progress(), _stopped_on_interrupt(folder, running, outcomes):
+    with screen.progress(), _stopped_on_interrupt(folder, running):
         while waiting or running:
             while waiting and len(running) < slots.count:
                 run = waiting.pop(0)
@@ -78,12 +77,11 @@ def run_locally(
                 screen.started(run.label)
             time.sleep(LOOK_EVERY)
             for label in [label for label, (_, child) in running.items() if child.code() is not None]:
-                outcomes[label] = settle(folder, label, running.pop(label)[1])
+                outcome = settle(folder, label, running.pop(label)[1])
                 slots.free(label)
-                screen.finished(label, outcomes[label])
+                screen.finished(label, outcome)
             if screen.console.is_terminal:
                 screen.look({label: how_far(folder.run(label)) for label in running})
-    return outcomes
 
 
 def settle(folder: SweepFolder, label: str, child: Child) -> Outcome:
@@ -96,9 +94,7 @@ def settle(folder: SweepFolder, label: str, child: Child) -> Outcome:
 
 
 @contextmanager
-def _stopped_on_interrupt(
-    folder: SweepFolder, running: dict[str, tuple[PlannedRun, Child]], outcomes: dict[str, Outcome]
-) -> Iterator[None]:
+def _stopped_on_interrupt(folder: SweepFolder, running: dict[str, tuple[PlannedRun, Child]]) -> Iterator[None]:
     """Pass Ctrl-C on to the runs and wait for them to save; a second one ends them at once."""
     try:
         yield
@@ -106,7 +102,7 @@ def _stopped_on_interrupt(
         children = [child for _, child in running.values()]
         end_gently(children)
         for label, (_, child) in running.items():
-            outcomes[label] = settle(folder, label, child)
+            settle(folder, label, child)
         raise Interrupted(
             f"sweep stopped with {len(running)} runs under way; the same command goes on from what they have saved"
         ) from None

@@ -38,6 +38,12 @@ class Cluster:
     threads: int
     gpus: int
 
+    def at_a_time(self) -> int:
+        """Return how many runs there is room for now."""
+        room = self.ray.cluster_resources()
+        places = [room.get("CPU", 0) / self.threads, *([room["GPU"] / self.gpus] if self.gpus else [])]
+        return max(1, int(min(places)))
+
 
 @contextmanager
 def cluster(address: str, *, threads: int) -> Iterator[Cluster]:
@@ -158,6 +164,12 @@ def _result(ray: Any, task: Any, folder: SweepFolder, label: str) -> Outcome:
     try:
         return Outcome(**ray.get(task))
     except Exception as error:  # Ray wraps what it likes, and one lost worker must not stop the others
-        outcome = Outcome("killed", f"lost with its worker: {str(error).strip().splitlines()[0][:300]}")
-        folder.record(label, outcome)
-        return outcome
+        return lost(folder, label, str(error))
+
+
+def lost(folder: SweepFolder, label: str, why: str = "") -> Outcome:
+    """Record a run of which nobody said how it ended: finished where its result is there, else lost."""
+    reason = f"lost with its worker{': ' if why else ''}{why.strip().partition(chr(10))[0][:300]}"
+    outcome = Outcome("finished") if folder.finished(label) else Outcome("killed", reason)
+    folder.record(label, outcome)
+    return outcome

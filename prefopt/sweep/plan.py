@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -14,8 +13,9 @@ from prefopt.errors import Problem, RecipeError
 from prefopt.recipe import Recipe, recipe_from_mapping
 from prefopt.recipe.files import missing_files
 from prefopt.recipe.override import Override, apply_override, replace_alternative
+from prefopt.recipe.schema import TrainRecipe
 from prefopt.report.terms import unequal_terms
-from prefopt.run_folder import FREE_TO_CHANGE, flat_keys
+from prefopt.run_folder import recipe_digest
 from prefopt.sweep.axes import MATCH_KEY, Axes
 from prefopt.sweep.labels import labels_of
 from prefopt.sweep.matching import match_loss
@@ -25,6 +25,7 @@ from prefopt.sweep.source import SweepSource, read_source
 MOST_RUNS = 100_000
 """More than this is a mistake: to write their recipes alone would take minutes."""
 BATCH_SIZE, MAX_STEPS = "train.batch_size", "train.max_steps"
+DEFAULT_BATCH: int = TrainRecipe.model_fields["batch_size"].default
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,7 @@ class PlannedRun:
     @cached_property
     def digest(self) -> str:
         """What names its numbers: equal for runs that compute the same."""
-        kept = {key: value for key, value in flat_keys(self.recipe.to_mapping()).items()
-                if not key.startswith(FREE_TO_CHANGE)}  # fmt: skip
-        return hashlib.blake2b(repr(sorted(kept.items())).encode(), digest_size=8).hexdigest()
+        return recipe_digest(self.recipe)
 
     def called(self, label: str, folder: Path) -> PlannedRun:
         """Return the same run under another name."""
@@ -154,12 +153,15 @@ def _changed(
 
 def _keep_comparisons(mapping: dict[str, Any], base: Mapping[str, Any], changes: Mapping[str, Any]) -> list[str]:
     """Give a run of another batch size the steps that see as many comparisons; returns what there is to say."""
-    train = base.get("train")
+    train, before = mapping.get("train"), base.get("train")
     if BATCH_SIZE not in changes or MAX_STEPS in changes or not isinstance(train, dict):
         return []
-    steps, size, own = train.get("max_steps"), train.get("batch_size", 64), changes[BATCH_SIZE]
-    if not all(isinstance(each, int) and each > 0 for each in (steps, size, own)) or size == own:
+    size = before.get("batch_size", DEFAULT_BATCH) if isinstance(before, dict) else DEFAULT_BATCH
+    given = (train.get("max_steps"), size, changes[BATCH_SIZE])
+    counts = [each for each in given if isinstance(each, int) and each > 0]
+    if len(counts) < len(given) or size == changes[BATCH_SIZE]:
         return []
+    steps, size, own = counts
     mapping["train"]["max_steps"] = max(1, round(steps * size / own))
     return ["train.max_steps follows train.batch_size, so that every run sees as many comparisons"]
 

@@ -12,6 +12,7 @@ from prefopt.recipe import Recipe
 from prefopt.recipe.allowed import keys_of, schema_at
 from prefopt.recipe.explain import shown, unknown_key
 from prefopt.recipe.measures import BETTER
+from prefopt.recipe.override import SHORTHANDS
 from prefopt.sweep.axes import MATCH_KEY, Axes, Axis, Distribution, EarlyStopping, Match
 
 SETTINGS = ("points", "samples", "samples_seed", "match", "early_stopping")
@@ -167,9 +168,24 @@ def _twice(axes: Axes, written: Sequence[str]) -> Iterator[Problem]:
     for key in dict.fromkeys(key for number, key in enumerate(written) if key in written[:number]):
         yield Problem(f"sweep.{key}", "every key once", f"{key} dotted and nested", "keep one of them")
     for key in [*(axis.key for axis in axes.grid), *(each.key for each in axes.distributions)]:
+        for within in sorted(_set_inside(axes, key)):
+            given = f"{key} as an axis, and in a value of {within}"
+            yield Problem(f"sweep.{key}", "every key once", given, "take it out of one of the two")
         if key in inside:
             fix = "give it in one of the two; a point may hold a list"
             yield Problem(f"sweep.{key}", "every key once", f"{key} as an axis and in sweep.points", fix)
+
+
+def _set_inside(axes: Axes, key: str) -> set[str]:
+    """Return the axes of sections (`loss: [{name: dpo, beta: 0.1}]`) of which a value says what an axis says too."""
+    every = [*axes.grid, *(axis for point in axes.points for axis in point)]
+    found = set()
+    for axis in every:
+        if key.startswith(f"{axis.key}."):
+            rest = key.removeprefix(f"{axis.key}.")
+            named = SHORTHANDS.get(axis.key) == rest
+            found |= {axis.key for value in axis.values if (rest in value if isinstance(value, dict) else named)}
+    return found
 
 
 def _settings(axes: Axes, section: Mapping[str, Any]) -> tuple[Axes, list[Problem]]:
@@ -242,6 +258,10 @@ def early_stopping_problem(axes: Axes, recipe: Recipe) -> Problem | None:
     metric, measured = axes.early_stopping.metric, recipe.eval
     units = [key for key in axes.varied() if key.split(".")[0] == "loss"]
     expected, given = "a measure that is taken during the run", ""
+    if any(axis.key == "seed" and len(axis.values) > 1 for axis in axes.grid):
+        expected = "one seed: a setting of which some seeds are stopped cannot be compared"
+        fix = "sweep.seed=[0] to search, then a sweep of the best settings with several seeds and no early_stopping"
+        return Problem("sweep.early_stopping", expected, "several seeds", fix)
     if not measured.every:
         given = f"{metric}, taken only at the end: eval.every is {measured.every}"
     elif "gold" in metric and (measured.gold_reward is None or not measured.samples):

@@ -18,6 +18,7 @@ from prefopt.sweep.section import SETTINGS, parse_axes, without_axis
 
 LEARNING_RATE = "train.learning_rate"
 THIRDS = (1 / 3, 1, 3)
+OTHER_WAY = {"train.epochs": "train.max_steps", "train.max_steps": "train.epochs"}
 
 
 @dataclass
@@ -94,13 +95,14 @@ def _without_effect(change: Override, axes: Axes) -> Problem | None:
     everywhere = {axis.key for axis in axes.grid} | {each.key for each in axes.distributions}
     if axes.points:
         everywhere |= set.intersection(*({axis.key for axis in point} for point in axes.points))
-    word = f"{key}.{SHORTHANDS[key]}" if key in SHORTHANDS and isinstance(change.value, str) else key
-    axis = next((one for one in axes.varied() if one in (key, word)), None)
-    axis = axis or next((one for one in sorted(everywhere) if f"{key}.".startswith(f"{one}.")), None)
+    same = {key, OTHER_WAY.get(key, key)}
+    if key in SHORTHANDS and isinstance(change.value, str):
+        same.add(f"{key}.{SHORTHANDS[key]}")
+    axis = next((one for one in sorted(everywhere) if one in same or f"{key}.".startswith(f"{one}.")), None)
     if axis is None:
         return None
-    fix = f"sweep.{axis}=[{change.value}] for one value of it"
-    if axis not in (key, word):
+    fix = f"sweep.{key if key in OTHER_WAY else axis}=[{change.value}] for one value of it"
+    if axis not in same:
         fix = f"write it into the values of {axis}, or vary {axis}.{SHORTHANDS.get(axis, 'name')} instead"
     return Problem(change.written, "a key that the sweep does not vary", f"{axis}, an axis", fix)
 
@@ -121,10 +123,13 @@ def _vary_learning_rate(source: SweepSource) -> None:
     """Make the learning rate an axis where the sweep does not say: gradient scales differ between losses."""
     train = source.base.get("train")
     base = train.get("learning_rate", 5e-7) if isinstance(train, dict) else 5e-7
-    if LEARNING_RATE in source.axes.varied() or not isinstance(base, int | float):
-        return  # where it is no number, the recipe's own check says what is wrong
+    if not isinstance(base, int | float):
+        return  # the recipe's own check says what is wrong
     values = tuple(float(f"{base * factor:.2g}") for factor in THIRDS)
-    source.axes = source.axes.with_axis(Axis(LEARNING_RATE, values))
+    varied = source.axes.with_default(Axis(LEARNING_RATE, values))
+    if varied == source.axes:
+        return
+    source.axes = varied
     shown = ", ".join(f"{value:g}" for value in values)
     source.notes.append(
         f"learning rates {shown}: losses differ in the scale of their gradients, so each is tried at a third and at "
