@@ -44,6 +44,8 @@ def add_lora(model: Any, *, rank: int, alpha: float, dropout: float, targets: st
     ready_for_peft()
     from peft import LoraConfig, get_peft_model
 
+    from prefopt.lora import fuse_adapters
+
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
     try:
         adapted: nn.Module = get_peft_model(prepared_base(model), config)
@@ -52,6 +54,7 @@ def add_lora(model: Any, *, rank: int, alpha: float, dropout: float, targets: st
             Problem("adapter.targets", "names of linear modules, or all-linear", str(targets),
                     str(error).splitlines()[0])
         ) from error  # fmt: skip
+    fuse_adapters(adapted)
     return adapted
 
 
@@ -79,6 +82,8 @@ def load_adapter(model: Any, source: AdapterSource, *, trainable: bool, dropout:
     ready_for_peft()
     from peft import PeftModel
 
+    from prefopt.lora import fuse_adapters
+
     folder = adapter_folder(source)
     config = adapter_settings(folder)
     config.lora_dropout = dropout
@@ -91,6 +96,7 @@ def load_adapter(model: Any, source: AdapterSource, *, trainable: bool, dropout:
             )
     except (ValueError, RuntimeError, OSError, KeyError, SafetensorError, UserWarning) as error:
         raise ModelError(unfit(source, str(error).strip().splitlines()[0][:300])) from error
+    fuse_adapters(adapted)
     return adapted
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["errors", "memory", "paths", "schedule"],
     ["recipe"],
-    ["data", "sandbox"],
+    ["data", "sandbox", "lora"],
     ["batching", "models", "adapters", "quantization", "activations", "prefetch"],
     ["attention", "planning", "fit", "adapter_fit"],
     ["acceleration", "memory_plan"],
