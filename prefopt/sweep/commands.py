@@ -124,7 +124,7 @@ def _slots(folder: SweepFolder, options: SweepOptions) -> Slots:
     stored = folder.stored().get("threads")
     if options.threads is not None and stored is not None and options.threads != stored:
         fix = f"--threads {stored}, or another output=FOLDER: on a CPU results depend on threads"
-        raise RecipeError(Problem("--threads", f"the {stored} threads with which this sweep began",
+        raise RecipeError(Problem("--threads", f"{stored}, with which this sweep began",
                                   str(options.threads), fix))  # fmt: skip
     return Slots(count, options.threads or stored or max(1, cores() // count), gpus)
 
