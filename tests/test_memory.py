@@ -1,48 +1,86 @@
-"""Freed memory goes back to the system, and never at the price of the time of a run."""
+"""A step's freed memory serves the next one; it goes back to the system only where it has become pieces."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from prefopt import memory
-from prefopt.memory import TRIM_SHARE, Trimmer
+from prefopt.memory import GROWTH, SPACING, Trimmer, free_models
 
 
 class Library:
-    """A C library whose trimming takes a second of a clock that the test moves."""
+    """A C library, and a process whose resident memory the test sets."""
 
     def __init__(self, monkeypatch):
-        self.now, self.calls = 100.0, 0
+        self.resident, self.calls, self.options = 1000.0, 0, {}
         monkeypatch.setattr(memory, "_libc", lambda: self)
-        monkeypatch.setattr(memory.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(memory, "_resident", lambda: self.resident)
 
     def malloc_trim(self, _):
         self.calls += 1
-        self.now += 1.0
+
+    def mallopt(self, parameter, value):
+        self.options[parameter] = value
+        return 1
 
 
-def test_memory_is_returned_as_often_as_that_takes_its_share_of_the_time(monkeypatch):
-    library = Library(monkeypatch)
+@pytest.fixture
+def library(monkeypatch):
+    return Library(monkeypatch)
+
+
+def test_steps_that_need_what_the_first_one_needed_return_nothing(library):
     trimmer = Trimmer(torch.device("cpu"))
-    for _ in range(1000):
-        library.now += 10.0
+    for number in range(200):
+        library.resident = 1000 * (1 + 0.99 * (GROWTH - 1) * (number % 7) / 6)
         trimmer.after_step()
-    share = library.calls / (library.now - 100.0)
-    assert 0.8 * TRIM_SHARE < share <= TRIM_SHARE
+    assert library.calls == 0
 
 
-def test_steps_that_take_long_are_all_followed_by_it(monkeypatch):
-    library = Library(monkeypatch)
+def test_memory_that_creeps_up_is_bounded(library):
+    """Every step leaves 2 % in pieces, which a return takes back."""
+    trimmer, most = Trimmer(torch.device("cpu")), 0.0
+    for _ in range(400):
+        before = library.calls
+        trimmer.after_step()
+        library.resident = 1000 if library.calls > before else library.resident + 20
+        most = max(most, library.resident)
+    assert most <= 1000 * GROWTH + SPACING * 20
+    assert 400 / 20 < library.calls <= 400 / SPACING
+
+
+def test_steps_that_need_more_are_not_fought(library):
+    """Longer rows raise what a step needs, at the price of one return."""
     trimmer = Trimmer(torch.device("cpu"))
-    for _ in range(5):
-        library.now += 60.0
+    for number in range(200):
+        library.resident = 1000 if number < 100 else 3000
         trimmer.after_step()
-    assert library.calls == 5
+    assert library.calls == 1
 
 
-def test_other_devices_and_other_c_libraries_are_left_alone(monkeypatch):
-    library = Library(monkeypatch)
+def test_the_library_itself_returns_nothing_meanwhile(library):
+    Trimmer(torch.device("cpu"))
+    assert library.options == {memory._MMAP_THRESHOLD: 32 * 2**20, memory._TRIM_THRESHOLD: 2**31 - 1}
+
+
+def test_the_real_library_takes_these_options():
+    library = memory._libc()
+    if library is None:
+        pytest.skip("no glibc")
+    assert library.mallopt(memory._MMAP_THRESHOLD, 32 * 2**20) == 1
+    assert library.mallopt(memory._TRIM_THRESHOLD, 2**31 - 1) == 1
+
+
+def test_dropped_models_go_back_at_once(library):
+    free_models()
+    assert library.calls == 1
+
+
+def test_other_devices_and_other_c_libraries_are_left_alone(library, monkeypatch):
     Trimmer(torch.device("meta")).after_step()
+    assert not library.options
     monkeypatch.setattr(memory, "_libc", lambda: None)
     Trimmer(torch.device("cpu")).after_step()
+    free_models()
     assert not library.calls
