@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from prefopt.activations import activation_bytes, decoder_layers, shape_of
+from prefopt.linear import adding_layers
 from prefopt.models import ModelSource, load_config
 from prefopt.planning import StepPlanner, longest_unit
 from prefopt.quantization import skeleton
@@ -24,12 +25,14 @@ from prefopt_losses.head import CPU_TILE_BYTES, DEVICE_TILE_BYTES
 
 MOST = {"cpu": 8192, "cuda": 65536}
 """Tokens beyond which a larger micro-batch is no faster: matrix products are at full speed long before."""
-MOST_OF_ADAPTER = {"cpu": 512, "cuda": 65536}
-"""The same where the base is frozen: what a further micro-batch costs is its sum of gradients, which is small then.
-
-A step of four pairs of 512 tokens, a 29 M model, two cores, fp32: with LoRA 2.08 and 1.86 s and 1.24 GiB in four
-micro-batches, 2.05 and 1.81 s and 2.33 GiB in one; trained whole 2.28 and 2.35 s, and 1.89 and 1.94 s.
-"""
+EXTRA = 0.03
+"""Of a CPU's time that cutting a step into micro-batches may cost; they need less memory."""
+SECONDS_PER_LAYER = 1e-3
+"""What a CPU spends on the calls of one layer, forward and back, whatever their size."""
+SECONDS_PER_SUMMED_BYTE = 1e-9
+"""What it spends on a gradient that is made as a tensor of its own and added: 0.13 s for 116 MB."""
+OPERATIONS_PER_SECOND = {"fp32": 150e9, "bf16": 450e9, "bf16-pure": 450e9}
+"""Matrix products of two cores with AVX-512."""
 ENOUGH = {"cpu": 512, "cuda": 4096}
 """Tokens below which a device idles between kernels: activations are recomputed before a budget falls under it."""
 SHARE = {"cpu": 0.6, "cuda": 0.9}
@@ -58,6 +61,8 @@ class Demand:
     """Activations of a computed token."""
     per_token_recomputed: float
     """The same where layers are recomputed in the backward pass."""
+    useful: int
+    """Tokens beyond which a micro-batch is no faster, or hardly."""
 
     @property
     def fixed(self) -> int:
@@ -116,6 +121,7 @@ def demand_of(
     shared: bool = True,
     processes: int = 1,
     second_model: int = 0,
+    in_place: bool = False,
 ) -> Demand:
     """Count what training a model allocates.
 
@@ -128,6 +134,7 @@ def demand_of(
         shared: whether prompts are shared; one row per completion has more tokens than are planned.
         processes: more than one hold their gradients twice, once in the buckets that are exchanged.
         second_model: bytes of a reference's weights that will be loaded beside it.
+        in_place: whether linear layers add their gradients in place.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trained)
@@ -147,7 +154,26 @@ def demand_of(
         second_model=second_model,
         per_token=kept,
         per_token_recomputed=again,
+        useful=_useful_on_cpu(base, precision, in_place=in_place) if device == "cpu" else MOST["cuda"],
     )
+
+
+def _useful_on_cpu(base: nn.Module, precision: str, *, in_place: bool) -> int:
+    """Tokens of a micro-batch at which what it costs beside them is `EXTRA` of what they cost.
+
+    A step of four pairs of 512 tokens, a 29 M model, two cores, fp32: with LoRA 2.08 and 1.86 s and 1.24 GiB in four
+    micro-batches, 2.05 and 1.81 s and 2.33 GiB in one. Trained whole it took a fifth longer in four, until linear
+    layers added their gradients in place.
+    """
+    in_product = {id(layer.weight) for layer in adding_layers(base)} if in_place else set()
+    summed = [p for p in base.parameters() if p.requires_grad and id(p) not in in_product]
+    if base.config.get_text_config().tie_word_embeddings:  # as an embedding and as a head
+        summed += [weight for weight in _head_weight(base) if weight.requires_grad]
+    beside = SECONDS_PER_LAYER * len(decoder_layers(base))
+    beside += SECONDS_PER_SUMMED_BYTE * sum(p.numel() * p.element_size() for p in summed)
+    forwards = 3 if all(p.requires_grad for p in base.parameters()) else 2
+    each = 2 * forwards * sum(p.numel() for p in base.parameters()) / OPERATIONS_PER_SECOND[precision]
+    return min(MOST["cpu"], max(ENOUGH["cpu"], round(beside / (EXTRA * each))))
 
 
 def weights_bytes(source: ModelSource) -> int:
@@ -194,7 +220,7 @@ def plan_memory(
     recomputed = kept < enough if asked == "auto" else asked
     fitting = again if recomputed else kept
     if wanted == "auto":
-        budget, why = _budget(fitting, rows, own, device, processes, adapter=recipe.adapter is not None)
+        budget, why = _budget(fitting, rows, own, demand.useful, processes)
     else:
         budget, why = wanted, "as train.token_budget says"
     held = demand.per_token_recomputed if recomputed else demand.per_token
@@ -205,13 +231,12 @@ def plan_memory(
     return MemoryPlan(budget, recomputed, reason, fits=fitting >= max(rows.longest, min(budget, own)))
 
 
-def _budget(fitting: int, rows: Rows, own: int, device: str, processes: int, *, adapter: bool) -> tuple[int, str]:
+def _budget(fitting: int, rows: Rows, own: int, useful: int, processes: int) -> tuple[int, str]:
     """Return the most tokens that fit and are of use, and which of both decided.
 
     A step smaller than the budget of a single process lowers nothing: held-out data are cut by the same budget.
     """
-    most = MOST_OF_ADAPTER if adapter else MOST
-    useful, why = most.get(device, most["cuda"]), "what fills the device"
+    why = "what fills the device"
     if processes > 1 and own < useful:
         useful, why = own, "a process's part of a step"
     if fitting < useful:

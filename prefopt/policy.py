@@ -13,6 +13,7 @@ from prefopt.adapters import MOVING, add_lora, keep_frozen, load_adapter
 from prefopt.data.groups import PromptGroup
 from prefopt.forward import Scorer
 from prefopt.layout import LayoutChoice, settle_layout
+from prefopt.linear import add_in_place
 from prefopt.models import load_model, switch_off_dropout
 from prefopt.prepare import adapter_source, policy_source
 from prefopt.recipe import Recipe
@@ -29,14 +30,16 @@ class Policy:
     total: int
     """Parameters in all."""
 
-    def settle(self, *, recomputed: bool, compiled: bool) -> None:
-        """Do as planned: run layers again in the backward pass instead of keeping what they computed; compile them.
+    def settle(self, *, recomputed: bool, compiled: bool, in_place: bool = False) -> None:
+        """Do as planned: recompute layers in the backward pass, compile them, add their gradients in place.
 
         Raises:
             RecipeError: this machine cannot compile.
         """
         if recomputed:
             self._recompute_activations()
+        if in_place:
+            add_in_place(self.scorer.language_model)
         if compiled:
             compile_layers(self.scorer.language_model, recomputed=recomputed)
 

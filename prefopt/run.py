@@ -25,6 +25,7 @@ from prefopt.feed import Feed
 from prefopt.forward import Scorer
 from prefopt.held_out import HeldOut
 from prefopt.layout import probe_group
+from prefopt.linear import adds_in_place
 from prefopt.memory import free_memory
 from prefopt.memory_plan import MemoryPlan, demand_of, plan_memory, rows_of, weights_bytes
 from prefopt.optimizers import make_optimizer
@@ -172,7 +173,11 @@ def set_up(
     newest = latest_state(folder.path)
     policy = load_policy(prepared.recipe, probe_group(prepared.data.train))
     resolved = newest[2] if newest else _resolve(prepared, policy, accelerator)
-    policy.settle(recomputed=resolved["gradient_checkpointing"], compiled=recipe.train.compile)
+    policy.settle(
+        recomputed=resolved["gradient_checkpointing"],
+        compiled=recipe.train.compile,
+        in_place=adds_in_place(recipe.train, device=accelerator.device.type, processes=accelerator.num_processes),
+    )
     budget = resolved["token_budget"]
     planner = make_planner(prepared, token_budget=budget)
     total = planner.total_steps(epochs=recipe.train.epochs, max_steps=recipe.train.max_steps)
@@ -231,6 +236,7 @@ def plan_run(prepared: Prepared, policy: Policy, device: torch.device, *, free: 
         shared=policy.layout.layout == "shared",
         processes=processes,
         second_model=_references_beside(prepared) * weights_bytes(reference_source(recipe)),
+        in_place=adds_in_place(recipe.train, device=device.type, processes=processes),
     )
     return plan_memory(recipe, demand, rows, free=free, device=device.type, processes=processes)
 

@@ -23,7 +23,8 @@ GIB = 2**30
 SCARCE = int((3 * CPU_TILE_BYTES + 2**20) / 0.6)
 """Free bytes that leave a megabyte for activations on a CPU."""
 # Llama 8B with LoRA in 16 bit: the adapter's 40 M parameters, tiles, and MiB of activations.
-LORA_8B = Demand(160 * 2**20, 320 * 2**20, 0, 3 * GIB // 2, 0, per_token=7 * 2**20, per_token_recomputed=2**19)
+LORA_8B = Demand(160 * 2**20, 320 * 2**20, 0, 3 * GIB // 2, 0, per_token=7 * 2**20, per_token_recomputed=2**19,
+                 useful=65536)  # fmt: skip
 ROWS = Rows(longest=3000, step=90_000)
 
 
@@ -57,18 +58,32 @@ def test_a_small_card_recomputes_and_says_why(recipe):
 def test_more_than_fills_the_device_is_of_no_use(recipe):
     tiny = replace(LORA_8B, per_token=1000.0, per_token_recomputed=100.0, head=0)
     for device, most in (("cpu", 8192), ("cuda", 65536)):
-        plan = planned(recipe(), 70 * GIB, demand=tiny, device=device)
+        plan = planned(recipe(), 70 * GIB, demand=replace(tiny, useful=most), device=device)
         assert plan.token_budget == most
         assert "fills the device" in plan.reason
 
 
-def test_an_adapter_on_a_cpu_gets_small_micro_batches(tmp_path):
-    """They cost it no time there, for it has few gradients to sum, and halve its memory."""
-    recipe, rows = make_recipe(tmp_path, adapter={"rank": 4}), Rows(longest=300, step=9000)
-    for device, most in (("cpu", 512), ("cuda", 65536)):
-        tiny = replace(LORA_8B, per_token=1000.0, per_token_recomputed=100.0, head=0)
-        plan = plan_memory(recipe, tiny, rows, free=70 * GIB, device=device)
-        assert plan.token_budget == most
+def useful(recipe, model, *, device="cpu", in_place=False, rows=ROWS):
+    return demand_of(recipe, model, model, rows, device=device, in_place=in_place).useful
+
+
+def test_micro_batches_on_a_cpu_are_as_small_as_costs_little_time(recipe):
+    """29 M parameters: what is summed beside the products decides, and what they multiply."""
+    model = tiny_model("llama", hidden_size=512, intermediate_size=1408, num_hidden_layers=8, vocab_size=4096)
+    apart, in_place = useful(recipe(), model), useful(recipe(), model, in_place=True)
+    assert apart > 3000  # every further micro-batch sums all gradients
+    assert 512 <= in_place < 1024  # only those of embedding and head
+    assert useful(recipe(precision="bf16"), model, in_place=True) == pytest.approx(3 * in_place, rel=0.01)
+    assert useful(recipe(), model, device="cuda") == 65536
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter is model.model.norm.weight)
+    assert 512 <= useful(recipe(), model) < in_place  # an adapter has few to sum
+
+
+def test_small_models_and_large_vocabularies_get_large_ones(recipe):
+    assert useful(recipe(), tiny_model("llama"), in_place=True) == 8192
+    wide = tiny_model("llama", hidden_size=512, intermediate_size=864, num_hidden_layers=4, vocab_size=32_000)
+    assert useful(recipe(), wide, in_place=True) > 2500
 
 
 def test_a_step_that_fits_whole_is_not_recomputed_for_a_larger_budget(recipe):

@@ -187,7 +187,7 @@ class TrainRecipe(Section):
     """Comparisons per optimizer step, over all processes and accumulation."""
     token_budget: Auto | Count = "auto"
     """Computed tokens per micro-batch; changes speed and memory, never the result. `auto` is what fits free memory, at
-    most 8192 on a CPU (512 with an adapter) and 65536 on an accelerator."""
+    most 65536 on an accelerator and, on a CPU, what more would make hardly faster (512 to 8192)."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-7
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
