@@ -24,7 +24,10 @@ _lock = Lock()
 
 
 def borrow(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialised buffer, on a CPU one that was given back where one is large enough."""
+    """Return an uninitialised buffer, on a CPU one that was given back where one is large enough.
+
+    Where none is, the largest one that waits is let go.
+    """
     count = math.prod(shape)
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
@@ -35,6 +38,7 @@ def borrow(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
             smallest = min(fitting, key=Tensor.numel)
             _free[:] = [each for each in _free if each is not smallest]
             return smallest[:size].view(dtype).view(shape)
+        del _free[:1]  # the largest, which the new one replaces: else ever new records would all wait
     return torch.empty(-(-size // STEP) * STEP, dtype=torch.uint8)[:size].view(dtype).view(shape)
 
 
