@@ -3,8 +3,9 @@
     G += (d loss / d y)' x
 
 From a step's second micro-batch on, autograd makes a tensor of the weight's size and adds it to the sum that is
-there: on a CPU 0.13 s for 29 M parameters, an eighth of what a micro-batch of 1,000 tokens takes. Here the product
-writes into the sum, so small micro-batches, which need less memory, cost no time.
+there. Here the product writes into the sum: on two cores with avx2 a weight of 1,408 x 512 took 8.4 ms over 700 tokens
+that way, 8.6 ms with a sum of its own, and 8.3 ms as a product alone, all in memory that was there. Over a handful of
+tokens it is no gain (11 ms a layer against 9).
 """
 
 from __future__ import annotations

@@ -28,11 +28,12 @@ MOST = {"cpu": 8192, "cuda": 65536}
 EXTRA = 0.03
 """Of a CPU's time that cutting a step into micro-batches may cost; they need less memory."""
 SECONDS_PER_LAYER = 1e-3
-"""What a CPU spends on the calls of one layer, forward and back, whatever their size."""
+"""What a CPU is taken to spend on the calls of one layer, forward and back, whatever their size: assumed, unmeasured."""
 SECONDS_PER_SUMMED_BYTE = 1e-9
-"""What it spends on a gradient that is made as a tensor of its own and added: 0.13 s for 116 MB."""
+"""What it spends on a gradient that is made as a tensor of its own and added: on a Xeon whose steps page-faulted, three
+further micro-batches of a 29 M model (116 MB) took 0.4 s; into memory that is there a sum is ten times cheaper."""
 OPERATIONS_PER_SECOND = {"fp32": 150e9, "bf16": 450e9, "bf16-pure": 450e9}
-"""Matrix products of two cores with AVX-512."""
+"""Matrix products of two cores, as planned with: measured were 80 to 330 in fp32 and 410 to 865 in bf16 (1e9)."""
 ENOUGH = {"cpu": 512, "cuda": 4096}
 """Tokens below which a device idles between kernels: activations are recomputed before a budget falls under it."""
 SHARE = {"cpu": 0.6, "cuda": 0.9}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_model
 from torch import nn
-from world import make_recipe
+from world import make_recipe, train
 
 from prefopt.activations import decoder_layers
 from prefopt.linear import AddingLinear, add_in_place, adding_layers, adds_in_place
@@ -131,3 +131,16 @@ def test_where_gradients_go_another_way_they_are_left_to_autograd(tmp_path):
     assert not adds_in_place(plain, device="cuda", processes=1)
     assert not adds_in_place(plain, device="cpu", processes=2)
     assert not adds_in_place(make_recipe(tmp_path, train={"compile": True}).train, device="cpu", processes=1)
+
+
+def test_a_run_on_a_cpu_trains_such_layers(tmp_path, monkeypatch):
+    changed = []
+
+    def noted(model):
+        add_in_place(model)
+        changed.append([module for module in model.modules() if isinstance(module, AddingLinear)])
+
+    monkeypatch.setattr("prefopt.policy.add_in_place", noted)
+    train(tmp_path, train={"max_steps": 1})
+    (layers,) = changed
+    assert layers
