@@ -28,9 +28,9 @@ MOST = {"cpu": 8192, "cuda": 65536}
 EXTRA = 0.03
 """Of a CPU's time that cutting a step into micro-batches may cost; they need less memory."""
 SECONDS_PER_LAYER = 1e-3
-"""What a CPU is taken to spend on the calls of one layer, forward and back, whatever their size: assumed, unmeasured."""
+"""What a CPU is taken to spend on the calls of one layer, forward and back: assumed, not measured."""
 SECONDS_PER_SUMMED_BYTE = 1e-9
-"""What it spends on a gradient that is made as a tensor of its own and added: on a Xeon whose steps page-faulted, three
+"""What it spends on a gradient that is made as a tensor of its own and added: on a Xeon with page faults, three
 further micro-batches of a 29 M model (116 MB) took 0.4 s; into memory that is there a sum is ten times cheaper."""
 OPERATIONS_PER_SECOND = {"fp32": 150e9, "bf16": 450e9, "bf16-pure": 450e9}
 """Matrix products of two cores, as planned with: measured were 80 to 330 in fp32 and 410 to 865 in bf16 (1e9)."""
