@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from prefopt.attention import ARGUMENT, NAME, AttentionPlan, Backend
 from prefopt.batching import RaggedBatch
 from prefopt.errors import ModelError, Problem
+from prefopt.kept_gradients import KeptGradients
 from prefopt.memory import Trimmer
 from prefopt_losses.distributions import relative_token_logps_from_hidden, sequential_kl_from_hidden
 from prefopt_losses.head import Head
@@ -86,6 +87,7 @@ class Scorer(nn.Module):
         self.model = model
         self.value_head: nn.Linear | None = None
         self.attention_calls = 0
+        self.kept: KeptGradients | None = None
         self.set_layout(layout)
 
     def set_layout(self, layout: Layout, backend: Backend = "sdpa") -> None:
@@ -107,6 +109,10 @@ class Scorer(nn.Module):
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         self.value_head = head
+
+    def keep_gradients(self) -> None:
+        """Let head and embedding add their gradients to some that stay; `kept` sets them to zero."""
+        self.kept = KeptGradients(self.language_model)
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -195,7 +201,10 @@ class Scorer(nn.Module):
         layer = self.language_model.get_output_embeddings()
         scale, softcap = self._scale_and_cap()
         if type(layer) is nn.Linear:
-            return token_logps_from_hidden(hidden, layer.weight, targets, bias=layer.bias, scale=scale, softcap=softcap)
+            return token_logps_from_hidden(
+                hidden, layer.weight, targets, bias=layer.bias, scale=scale, softcap=softcap,
+                weight_grad=None if self.kept is None else self.kept.of(layer.weight),
+            )  # fmt: skip
         logits = layer(hidden).float() * scale  # an adapted or quantized head: its own forward, logits held once
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from prefopt.activations import activation_bytes, decoder_layers, shape_of
-from prefopt.linear import adding_layers
+from prefopt.kept_gradients import kept_layers
+from prefopt.memory import KEPT_BLOCK
 from prefopt.models import ModelSource, load_config
 from prefopt.planning import StepPlanner, longest_unit
 from prefopt.quantization import skeleton
@@ -29,9 +30,9 @@ EXTRA = 0.03
 """Of a CPU's time that cutting a step into micro-batches may cost; they need less memory."""
 SECONDS_PER_LAYER = 1e-3
 """What a CPU is taken to spend on the calls of one layer, forward and back: assumed, not measured."""
-SECONDS_PER_SUMMED_BYTE = 1e-9
-"""What it spends on a gradient that is made as a tensor of its own and added: on a Xeon with page faults, three
-further micro-batches of a 29 M model (116 MB) took 0.4 s; into memory that is there a sum is ten times cheaper."""
+SECONDS_PER_SUMMED_BYTE = {"there": 2e-10, "anew": 1e-9}
+"""What it spends on adding a gradient, in memory that is there, and in a block that the system gives anew: three
+further micro-batches of a 29 M model (116 MB) took 0.4 s on a Xeon while all of it was anew."""
 OPERATIONS_PER_SECOND = {"fp32": 150e9, "bf16": 450e9, "bf16-pure": 450e9}
 """Matrix products of two cores, as planned with: measured were 80 to 330 in fp32 and 410 to 865 in bf16 (1e9)."""
 ENOUGH = {"cpu": 512, "cuda": 4096}
@@ -122,7 +123,7 @@ def demand_of(
     shared: bool = True,
     processes: int = 1,
     second_model: int = 0,
-    in_place: bool = False,
+    kept: bool = False,
 ) -> Demand:
     """Count what training a model allocates.
 
@@ -135,7 +136,7 @@ def demand_of(
         shared: whether prompts are shared; one row per completion has more tokens than are planned.
         processes: more than one hold their gradients twice, once in the buckets that are exchanged.
         second_model: bytes of a reference's weights that will be loaded beside it.
-        in_place: whether linear layers add their gradients in place.
+        kept: whether head and embedding keep their gradients.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trained)
@@ -143,7 +144,7 @@ def demand_of(
     # Paged moments move to the host where the device is full; on a CPU there is nowhere to move to.
     moments["paged_adamw_8bit"] = moments["adamw_8bit"] if device == "cpu" else 0
     precision, shape, times = recipe.train.precision, shape_of(base), 1.0 if shared else rows.unshared
-    kept, again = (
+    held, again = (
         times * activation_bytes(shape, precision, recomputed=recomputed, context=rows.context)
         for recomputed in (False, True)
     )
@@ -151,27 +152,27 @@ def demand_of(
         gradients=gradients * (2 if processes > 1 else 1),
         optimizer=moments[recipe.train.optimizer.name],
         casts=_casts(base) if precision == "bf16" else 0,
-        head=_head(base, device),
+        head=_head(base, device, kept=kept),
         second_model=second_model,
-        per_token=kept,
+        per_token=held,
         per_token_recomputed=again,
-        useful=_useful_on_cpu(base, precision, in_place=in_place) if device == "cpu" else MOST["cuda"],
+        useful=_useful_on_cpu(base, precision, kept=kept) if device == "cpu" else MOST["cuda"],
     )
 
 
-def _useful_on_cpu(base: nn.Module, precision: str, *, in_place: bool) -> int:
+def _useful_on_cpu(base: nn.Module, precision: str, *, kept: bool) -> int:
     """Tokens of a micro-batch at which what it costs beside them is `EXTRA` of what they cost.
 
     A step of four pairs of 512 tokens, a 29 M model, two cores, fp32: with LoRA 2.08 and 1.86 s and 1.24 GiB in four
-    micro-batches, 2.05 and 1.81 s and 2.33 GiB in one. Trained whole it took a fifth longer in four where
-    autograd sums all gradients.
+    micro-batches, 2.05 and 1.81 s and 2.33 GiB in one; trained whole 2.96 and 3.17 s.
     """
-    in_product = {id(layer.weight) for layer in adding_layers(base)} if in_place else set()
-    summed = [p for p in base.parameters() if p.requires_grad and id(p) not in in_product]
-    if base.config.get_text_config().tie_word_embeddings:  # as an embedding and as a head
+    there = {id(layer.weight) for layer in kept_layers(base)} if kept else set()
+    summed = [p for p in base.parameters() if p.requires_grad]
+    if base.config.get_text_config().tie_word_embeddings and not there:  # as an embedding and as a head
         summed += [weight for weight in _head_weight(base) if weight.requires_grad]
     beside = SECONDS_PER_LAYER * len(decoder_layers(base))
-    beside += SECONDS_PER_SUMMED_BYTE * sum(p.numel() * p.element_size() for p in summed)
+    for size, known in ((p.numel() * p.element_size(), id(p) in there) for p in summed):
+        beside += size * SECONDS_PER_SUMMED_BYTE["there" if known or size <= KEPT_BLOCK else "anew"]
     forwards = 3 if all(p.requires_grad for p in base.parameters()) else 2
     each = 2 * forwards * sum(p.numel() for p in base.parameters()) / OPERATIONS_PER_SECOND[precision]
     return min(MOST["cpu"], max(ENOUGH["cpu"], round(beside / (EXTRA * each))))
@@ -189,9 +190,12 @@ def _casts(base: nn.Module) -> int:
     return sum(2 * p.numel() for p in wide if p.ndim > 1 and p.dtype == torch.float32)
 
 
-def _head(base: nn.Module, device: str) -> int:
-    """Three tiles (logits, their gradient, its cast), and the fp32 sum of the head's gradient where it trains."""
+def _head(base: nn.Module, device: str, *, kept: bool) -> int:
+    """Three tiles (logits, their gradient, its cast), and the fp32 sum of the head's gradient where one is made."""
     tiles = 3 * (CPU_TILE_BYTES if device == "cpu" else DEVICE_TILE_BYTES)
+    head = base.get_output_embeddings()
+    if kept and any(layer is head for layer in kept_layers(base)):
+        return tiles
     return tiles + sum(4 * weight.numel() for weight in _head_weight(base) if weight.requires_grad)
 
 

@@ -13,7 +13,6 @@ from prefopt.adapters import MOVING, add_lora, keep_frozen, load_adapter
 from prefopt.data.groups import PromptGroup
 from prefopt.forward import Scorer
 from prefopt.layout import LayoutChoice, settle_layout
-from prefopt.linear import add_in_place
 from prefopt.models import load_model, switch_off_dropout
 from prefopt.prepare import adapter_source, policy_source
 from prefopt.recipe import Recipe
@@ -30,16 +29,14 @@ class Policy:
     total: int
     """Parameters in all."""
 
-    def settle(self, *, recomputed: bool, compiled: bool, in_place: bool = False) -> None:
-        """Do as planned: recompute layers in the backward pass, compile them, add their gradients in place.
+    def settle(self, *, recomputed: bool, compiled: bool) -> None:
+        """Do as planned: recompute layers in the backward pass, compile them.
 
         Raises:
             RecipeError: this machine cannot compile.
         """
         if recomputed:
             self._recompute_activations()
-        if in_place:
-            add_in_place(self.scorer.language_model)
         if compiled:
             compile_layers(self.scorer.language_model, recomputed=recomputed)
 

@@ -24,8 +24,8 @@ from prefopt.evaluate import Evaluator, make_evaluator
 from prefopt.feed import Feed
 from prefopt.forward import Scorer
 from prefopt.held_out import HeldOut
+from prefopt.kept_gradients import keeps_gradients
 from prefopt.layout import probe_group
-from prefopt.linear import adds_in_place
 from prefopt.memory import free_memory
 from prefopt.memory_plan import MemoryPlan, demand_of, plan_memory, rows_of, weights_bytes
 from prefopt.optimizers import make_optimizer
@@ -173,11 +173,7 @@ def set_up(
     newest = latest_state(folder.path)
     policy = load_policy(prepared.recipe, probe_group(prepared.data.train))
     resolved = newest[2] if newest else _resolve(prepared, policy, accelerator)
-    policy.settle(
-        recomputed=resolved["gradient_checkpointing"],
-        compiled=recipe.train.compile,
-        in_place=adds_in_place(recipe.train, device=accelerator.device.type, processes=accelerator.num_processes),
-    )
+    policy.settle(recomputed=resolved["gradient_checkpointing"], compiled=recipe.train.compile)
     budget = resolved["token_budget"]
     planner = make_planner(prepared, token_budget=budget)
     total = planner.total_steps(epochs=recipe.train.epochs, max_steps=recipe.train.max_steps)
@@ -192,6 +188,8 @@ def set_up(
     reference.use_policy(policy.scorer)
     evaluator = make_evaluator(prepared, reference, token_budget=budget)
     module, optimizer = accelerator.prepare(policy.scorer, optimizer)
+    if keeps_gradients(device=accelerator.device.type, processes=accelerator.num_processes):
+        policy.scorer.keep_gradients()
     resolved |= {"layout": policy.layout.layout, "attention": policy.layout.backend}
     tracker = None
     if accelerator.is_main_process:
@@ -236,7 +234,7 @@ def plan_run(prepared: Prepared, policy: Policy, device: torch.device, *, free: 
         shared=policy.layout.layout == "shared",
         processes=processes,
         second_model=_references_beside(prepared) * weights_bytes(reference_source(recipe)),
-        in_place=adds_in_place(recipe.train, device=device.type, processes=processes),
+        kept=keeps_gradients(device=device.type, processes=processes),
     )
     return plan_memory(recipe, demand, rows, free=free, device=device.type, processes=processes)
 

@@ -171,6 +171,8 @@ def _optimizer_step(run: Run, plan: Step, rate: float, sums: MetricSums) -> torc
         group["lr"] = rate * group.get("faster", 1.0)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
+    if run.scorer.kept is not None:
+        run.scorer.kept.begin_step()
     return norm
 
 

@@ -20,7 +20,7 @@ FLOORS = [
     ["recipe"],
     ["data", "sandbox", "lora"],
     ["batching", "models", "adapters", "quantization", "activations", "prefetch"],
-    ["attention", "planning", "fit", "adapter_fit", "linear"],
+    ["attention", "planning", "fit", "adapter_fit", "kept_gradients"],
     ["acceleration", "memory_plan"],
     ["forward"],
     ["layout", "objective", "optimizers", "prepare"],

@@ -63,27 +63,35 @@ def test_more_than_fills_the_device_is_of_no_use(recipe):
         assert "fills the device" in plan.reason
 
 
-def useful(recipe, model, *, device="cpu", in_place=False, rows=ROWS):
-    return demand_of(recipe, model, model, rows, device=device, in_place=in_place).useful
+def useful(recipe, model, *, device="cpu", kept=False, rows=ROWS):
+    return demand_of(recipe, model, model, rows, device=device, kept=kept).useful
 
 
 def test_micro_batches_on_a_cpu_are_as_small_as_costs_little_time(recipe):
     """29 M parameters: what is summed beside the products decides, and what they multiply."""
     model = tiny_model("llama", hidden_size=512, intermediate_size=1408, num_hidden_layers=8, vocab_size=4096)
-    apart, in_place = useful(recipe(), model), useful(recipe(), model, in_place=True)
-    assert apart > 3000  # every further micro-batch sums all gradients
-    assert 512 <= in_place < 1024  # only those of embedding and head
-    assert useful(recipe(precision="bf16"), model, in_place=True) == pytest.approx(3 * in_place, rel=0.01)
+    whole = useful(recipe(), model)
+    assert 512 < whole < 1024
+    assert useful(recipe(precision="bf16"), model) == pytest.approx(3 * whole, rel=0.01)
     assert useful(recipe(), model, device="cuda") == 65536
     for parameter in model.parameters():
         parameter.requires_grad_(parameter is model.model.norm.weight)
-    assert 512 <= useful(recipe(), model) < in_place  # an adapter has few to sum
+    assert 512 <= useful(recipe(), model) < whole  # an adapter has few to sum
 
 
 def test_small_models_and_large_vocabularies_get_large_ones(recipe):
-    assert useful(recipe(), tiny_model("llama"), in_place=True) == 8192
+    assert useful(recipe(), tiny_model("llama"), kept=True) == 8192
     wide = tiny_model("llama", hidden_size=512, intermediate_size=864, num_hidden_layers=4, vocab_size=32_000)
-    assert useful(recipe(), wide, in_place=True) > 2500
+    apart, kept = useful(recipe(), wide), useful(recipe(), wide, kept=True)
+    assert apart > 2500  # every further micro-batch makes 131 MB of gradients anew
+    assert kept < apart / 3
+
+
+def test_kept_gradients_need_no_sum_of_their_own(recipe):
+    model = tiny_model("llama")
+    apart, kept = (demand_of(recipe(), model, model, ROWS, device="cpu", kept=kept) for kept in (False, True))
+    assert apart.head - kept.head == 4 * model.lm_head.weight.numel()
+    assert apart.gradients == kept.gradients
 
 
 def test_a_step_that_fits_whole_is_not_recomputed_for_a_larger_budget(recipe):

@@ -28,6 +28,10 @@ KEPT_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 32,000 tokens in fp32 on a CPU, 4,096 of 128,000 in 16 bit on an accelerator."""
 
 
+SLAB_BYTES = 8 * 2**20
+"""Of a head's gradient in fp32 that is made of 16-bit factors at a time: what stays in a core's cache."""
+
+
 def token_logps_from_logits(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-probability of each target token under its logits.
 
@@ -53,6 +57,7 @@ def token_logps_from_hidden(
     scale: float = 1.0,
     softcap: float | None = None,
     chunk_size: int | None = None,
+    weight_grad: Tensor | None = None,
 ) -> Tensor:
     """Log-probability of each target token, without ever holding the logits of all of them.
 
@@ -67,14 +72,26 @@ def token_logps_from_hidden(
         scale: factor on the logits (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``).
         softcap: Gemma 2's final soft-cap, or None.
         chunk_size: positions per tile; None chooses one from the vocabulary and the device.
+        weight_grad: (vocab, hidden), where the backward pass adds the weight's gradient; autograd gets none then.
+            None: autograd gets it, and adds it up itself. (Megatron's gradient accumulation fusion.)
 
     Returns:
         (tokens,), fp32, nats. Products run in the autocast dtype where autocast is on, else in the
         dtype of ``hidden``; everything after the product is fp32.
+
+    Raises:
+        LossError: `weight_grad` is not of the weight's shape.
     """
+    if weight_grad is not None and weight_grad.shape != weight.shape:
+        raise LossError(
+            f"token_logps_from_hidden: expected weight_grad of the weight's shape {tuple(weight.shape)}, "
+            f"given {tuple(weight_grad.shape)}"
+        )
     dtype, size = product_dtype(hidden), tile_size(hidden, weight.shape[0], chunk_size)
     learns = torch.is_grad_enabled()
-    logps: Tensor = _ChunkedHead.apply(hidden.to(dtype), weight, bias, targets, float(scale), softcap, size, learns)
+    logps: Tensor = _ChunkedHead.apply(
+        hidden.to(dtype), weight, bias, targets, float(scale), softcap, size, learns, weight_grad
+    )
     return logps
 
 
@@ -120,6 +137,7 @@ class _ChunkedHead(torch.autograd.Function):
         softcap: float | None,
         size: int,
         learns: bool,
+        weight_grad: Tensor | None,
     ) -> Tensor:
         head = Head(weight.to(hidden.dtype), bias, scale, softcap)
         needs_hidden, *needs_head = (learns and needed for needed in ctx.needs_input_grad[:3])
@@ -135,7 +153,7 @@ class _ChunkedHead(torch.autograd.Function):
                 elif kept is not None and (rows := kept[tile]).shape[0]:
                     rows.copy_(scorer.logit_slopes(tile)[: len(rows)])
         ctx.save_for_backward(hidden, head.weight, bias, targets)
-        ctx.kept, ctx.slopes, ctx.size = kept, slopes, size
+        ctx.kept, ctx.slopes, ctx.size, ctx.weight_grad = kept, slopes, size, weight_grad
         ctx.scale, ctx.softcap, ctx.dtypes = scale, softcap, (weight.dtype, None if bias is None else bias.dtype)
         return logps
 
@@ -145,8 +163,8 @@ class _ChunkedHead(torch.autograd.Function):
         (grad_logps,) = grad_outputs
         hidden, weight, bias, targets = ctx.saved_tensors
         if ctx.slopes is not None:
-            return (ctx.slopes * grad_logps.to(hidden.dtype)[:, None], *(None,) * 7)
-        gradients = _Gradients(hidden, weight, grad_logps, ctx.needs_input_grad[:3])
+            return (ctx.slopes * grad_logps.to(hidden.dtype)[:, None], *(None,) * 8)
+        gradients = _Gradients(hidden, weight, grad_logps, ctx.needs_input_grad[:3], ctx.weight_grad)
         kept, done = ctx.kept, 0 if ctx.kept is None else len(ctx.kept)
         if done:
             gradients.add(slice(0, done), kept)
@@ -161,7 +179,7 @@ class _ChunkedHead(torch.autograd.Function):
         of_weight, of_bias = (
             None if grad is None else grad.to(dtype) for grad, dtype in zip(gradients.of_head, ctx.dtypes)
         )
-        return gradients.hidden, of_weight, of_bias, None, None, None, None, None
+        return gradients.hidden, of_weight, of_bias, *(None,) * 6
 
 
 class _Tiles:
@@ -227,11 +245,19 @@ class _Tiles:
 class _Gradients:
     """Gradients of hidden states and head, added up over tiles of slopes; None where none is needed."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, grad_logps: Tensor, needed: tuple[bool, bool, bool]) -> None:
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        grad_logps: Tensor,
+        needed: tuple[bool, bool, bool],
+        weight_grad: Tensor | None,
+    ) -> None:
         self._hidden, self._head, self._grad_logps = hidden, weight, grad_logps
         needs_hidden, self._needs_weight, self._needs_bias = needed
         self.hidden = torch.empty_like(hidden) if needs_hidden else None
-        self._weight: Tensor | None = None
+        self._elsewhere = weight_grad is not None
+        self._weight = weight_grad
         self._bias: Tensor | None = None
 
     def add(self, tile: slice, slopes: Tensor) -> None:
@@ -243,18 +269,27 @@ class _Gradients:
             scaled = (self._hidden[tile] * grad).to(slopes.dtype)
             if self._weight is None:
                 self._weight = product(slopes.t(), scaled)
-            elif self._weight.dtype == slopes.dtype:
-                self._weight.addmm_(slopes.t(), scaled)
             else:
-                self._weight += product(slopes.t(), scaled)
+                _add_product(self._weight, slopes, scaled)
         if self._needs_bias:
             of_tile = slopes.t().to(grad.dtype) @ self._grad_logps[tile]
             self._bias = of_tile if self._bias is None else self._bias + of_tile
 
     @property
     def of_head(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of weight and bias."""
-        return self._weight, self._bias
+        """Of weight and bias; not of a weight whose gradient is added elsewhere."""
+        return None if self._elsewhere else self._weight, self._bias
+
+
+def _add_product(total: Tensor, slopes: Tensor, scaled: Tensor) -> None:
+    """Add slopes' scaled to a total; of 16-bit factors on a CPU slab by slab, without a wide copy of the product."""
+    if total.dtype == slopes.dtype:
+        total.addmm_(slopes.t(), scaled)
+        return
+    slab = len(total) if total.is_cuda else max(1, SLAB_BYTES // (4 * total.shape[1]))
+    for begin in range(0, len(total), slab):
+        part = slice(begin, begin + slab)
+        total[part] += product(slopes[:, part].t(), scaled)
 
 
 def _kept(hidden: Tensor, vocab: int, positions: int) -> Tensor:

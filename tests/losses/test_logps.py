@@ -246,3 +246,29 @@ def test_left_aligned_sums_to_the_masked_sum_and_carries_the_gradient_to_scored_
 def test_left_aligned_refuses_a_mask_of_other_positions():
     with pytest.raises(LossError, match=r"one shape \(batch, sequence\), given \(2, 5\) and \(2, 6\).*mask\[:, 1:\]"):
         left_aligned(torch.zeros(2, 5), torch.ones(2, 6))
+
+
+@pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_weights_gradient_can_be_added_elsewhere(monkeypatch, dtype, kept):
+    """Twice, as two micro-batches would; 16-bit factors slab by slab."""
+    monkeypatch.setitem(logps.KEPT_BYTES, "cpu", kept)
+    monkeypatch.setattr(logps, "SLAB_BYTES", 4 * HIDDEN * 3)
+    hidden, weight, bias, targets = head(torch.float32 if dtype == torch.bfloat16 else dtype)
+    autograds, elsewhere = [], torch.ones_like(weight)
+    for weight_grad in (None, elsewhere, elsewhere):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found = token_logps_from_hidden(hidden, weight, targets, bias=bias, chunk_size=4, weight_grad=weight_grad)
+        autograds.append(torch.autograd.grad(found.sum(), (hidden, weight, bias), allow_unused=True))
+    (of_hidden, of_weight, of_bias), *others = autograds
+    rough = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(elsewhere, 1 + 2 * of_weight, **rough)
+    for hidden_again, nothing, bias_again in others:
+        assert nothing is None
+        torch.testing.assert_close((hidden_again, bias_again), (of_hidden, of_bias))
+
+
+def test_a_gradient_of_another_shape_is_refused():
+    hidden, weight, _, targets = head()
+    with pytest.raises(LossError, match=r"weight_grad of the weight's shape \(17, 8\), given \(8, 17\)"):
+        token_logps_from_hidden(hidden, weight, targets, weight_grad=torch.zeros(HIDDEN, VOCAB))
