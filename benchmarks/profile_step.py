@@ -72,6 +72,7 @@ def watch_pieces(stack: ExitStack, watch: Watch) -> None:
     from prefopt.attention import NAME, tree_attention
     from prefopt.feed import Feed
     from prefopt.forward import Scorer
+    from prefopt.kept_gradients import KeptGradients
     from prefopt.memory import Trimmer
     from prefopt.planning import StepPlanner
     from prefopt.reference.source import CachedLogps
@@ -87,6 +88,7 @@ def watch_pieces(stack: ExitStack, watch: Watch) -> None:
         (accelerate.Accelerator, "clip_grad_norm_", "clipping"),
         (accelerate.optimizer.AcceleratedOptimizer, "step", "optimizer"),
         (accelerate.optimizer.AcceleratedOptimizer, "zero_grad", "optimizer"),
+        (KeptGradients, "reset", "optimizer"),
         (prefopt.gradients, "loss_record", "loss"),
         (prefopt.gradients, "loss_values", "loss"),
         (prefopt.gradients, "add_comparison_metrics", "metrics"),

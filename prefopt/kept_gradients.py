@@ -32,27 +32,37 @@ class KeptGradients:
         layers = kept_layers(model)
         for layer in layers:
             if isinstance(layer, nn.Embedding):
-                layer.__class__ = AddingEmbedding
+                layer.__class__ = _adding(type(layer))
         self._gradients = {layer.weight: torch.zeros_like(layer.weight) for layer in layers}
-        self.begin_step()
+        self.reset()
 
-    def begin_step(self) -> None:
+    def reset(self) -> None:
         """Set them to zero, and put them where `zero_grad` took them from."""
         for weight, gradient in self._gradients.items():
             weight.grad = gradient.zero_()
 
     def of(self, weight: Tensor) -> Tensor | None:
-        """Return the gradient of a weight, if it is one of those kept."""
-        return self._gradients.get(weight) if isinstance(weight, nn.Parameter) else None
+        """Return the gradient of a weight, if it is one of those kept and in its place."""
+        return weight.grad if isinstance(weight, nn.Parameter) and weight in self._gradients else None
 
 
 def kept_layers(model: PreTrainedModel) -> list[nn.Linear | nn.Embedding]:
-    """Return the head and the embedding of a model, each where it is torch's own and trains in fp32."""
+    """Return the head and the embedding of a model, each where it is plain and trains in fp32.
+
+    An embedding that scales what torch's looks up (Gemma) is plain enough.
+    """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     own = [head] if type(head) is nn.Linear else []
-    if type(embedding) is nn.Embedding and not (embedding.sparse or embedding.scale_grad_by_freq or embedding.max_norm):
+    if isinstance(embedding, nn.Embedding) and not (
+        embedding.sparse or embedding.scale_grad_by_freq or embedding.max_norm
+    ):
         own.append(embedding)
     return [layer for layer in own if layer.weight.requires_grad and layer.weight.dtype == torch.float32]
+
+
+def _adding(kind: type[nn.Embedding]) -> type[nn.Embedding]:
+    """Return a kind of embedding that looks up by `AddingEmbedding`, whatever else it does."""
+    return AddingEmbedding if kind is nn.Embedding else type(kind.__name__, (kind, AddingEmbedding), {})
 
 
 class AddingEmbedding(nn.Embedding):

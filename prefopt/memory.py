@@ -27,7 +27,7 @@ GROWTH = 1.1
 SPACING = 8
 """Steps between two returns, at least."""
 KEPT_BLOCK = 32 * 2**20
-"""The largest block that the C library keeps when it is freed, and the most that it can be told to."""
+"""Blocks of this size and more go back to the system as soon as they are freed: the most that the C library takes."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's parameters
 
 
@@ -46,7 +46,7 @@ class Trimmer:
         self._needed = 0
         self._since = 0
         if self._library is not None:
-            self._library.mallopt(_MMAP_THRESHOLD, KEPT_BLOCK)  # larger ones go straight back
+            self._library.mallopt(_MMAP_THRESHOLD, KEPT_BLOCK)
             self._library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
     def after_step(self) -> None:

@@ -31,8 +31,9 @@ EXTRA = 0.03
 SECONDS_PER_LAYER = 1e-3
 """What a CPU is taken to spend on the calls of one layer, forward and back: assumed, not measured."""
 SECONDS_PER_SUMMED_BYTE = {"there": 2e-10, "anew": 1e-9}
-"""What it spends on adding a gradient, in memory that is there, and in a block that the system gives anew: three
-further micro-batches of a 29 M model (116 MB) took 0.4 s on a Xeon while all of it was anew."""
+"""What it spends on adding a gradient in memory that is there (assumed; too little to be seen in a step), and in a
+block that the system gives anew: three further micro-batches of a 29 M model (116 MB) took 0.4 s on a Xeon while all
+of it was anew."""
 OPERATIONS_PER_SECOND = {"fp32": 150e9, "bf16": 450e9, "bf16-pure": 450e9}
 """Matrix products of two cores, as planned with: measured were 80 to 330 in fp32 and 410 to 865 in bf16 (1e9)."""
 ENOUGH = {"cpu": 512, "cuda": 4096}
@@ -166,16 +167,32 @@ def _useful_on_cpu(base: nn.Module, precision: str, *, kept: bool) -> int:
     A step of four pairs of 512 tokens, a 29 M model, two cores, fp32: with LoRA 2.08 and 1.86 s and 1.24 GiB in four
     micro-batches, 2.05 and 1.81 s and 2.33 GiB in one; trained whole 2.96 and 3.17 s.
     """
-    there = {id(layer.weight) for layer in kept_layers(base)} if kept else set()
-    summed = [p for p in base.parameters() if p.requires_grad]
-    if base.config.get_text_config().tie_word_embeddings and not there:  # as an embedding and as a head
-        summed += [weight for weight in _head_weight(base) if weight.requires_grad]
+    trained = [p for p in base.parameters() if p.requires_grad]
+    kept_ones, made = _ends(base, kept=kept)
+    ends = {id(layer.weight) for layer in kept_ones + made}
+    made_sizes = [_size(p) for p in trained if id(p) not in ends] + [_size(layer.weight) for layer in made]
+    there = sum(_size(layer.weight) for layer in kept_ones) + sum(size for size in made_sizes if size < KEPT_BLOCK)
+    anew = sum(size for size in made_sizes if size >= KEPT_BLOCK)
     beside = SECONDS_PER_LAYER * len(decoder_layers(base))
-    for size, known in ((p.numel() * p.element_size(), id(p) in there) for p in summed):
-        beside += size * SECONDS_PER_SUMMED_BYTE["there" if known or size <= KEPT_BLOCK else "anew"]
+    beside += there * SECONDS_PER_SUMMED_BYTE["there"] + anew * SECONDS_PER_SUMMED_BYTE["anew"]
     forwards = 3 if all(p.requires_grad for p in base.parameters()) else 2
     each = 2 * forwards * sum(p.numel() for p in base.parameters()) / OPERATIONS_PER_SECOND[precision]
     return min(MOST["cpu"], max(ENOUGH["cpu"], round(beside / (EXTRA * each))))
+
+
+def _ends(base: nn.Module, *, kept: bool) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Head and embedding, as far as they train: those that keep their gradients, and those whose autograd makes.
+
+    A tied weight counts once for each.
+    """
+    kept_ones: list[nn.Module] = list(kept_layers(base)) if kept else []
+    both = [layer for layer in (base.get_output_embeddings(), base.get_input_embeddings()) if layer is not None]
+    trained = [layer for layer in both if getattr(layer, "weight", None) is not None and layer.weight.requires_grad]
+    return kept_ones, [layer for layer in trained if all(layer is not other for other in kept_ones)]
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def weights_bytes(source: ModelSource) -> int:
@@ -191,12 +208,11 @@ def _casts(base: nn.Module) -> int:
 
 
 def _head(base: nn.Module, device: str, *, kept: bool) -> int:
-    """Three tiles (logits, their gradient, its cast), and the fp32 sum of the head's gradient where one is made."""
+    """Three tiles (logits, their gradient, its cast), and what is made of the head's gradient before it is added."""
     tiles = 3 * (CPU_TILE_BYTES if device == "cpu" else DEVICE_TILE_BYTES)
-    head = base.get_output_embeddings()
-    if kept and any(layer is head for layer in kept_layers(base)):
-        return tiles
-    return tiles + sum(4 * weight.numel() for weight in _head_weight(base) if weight.requires_grad)
+    _, made = _ends(base, kept=kept)
+    head = _head_weight(base)
+    return tiles + sum(4 * weight.numel() for weight in head if any(layer.weight is weight for layer in made))
 
 
 def _head_weight(base: nn.Module) -> list[torch.Tensor]:
@@ -221,9 +237,9 @@ def plan_memory(
     own = -(-rows.step // processes)  # a process has no more tokens in a step
     enough = max(rows.longest, min(own, ENOUGH.get(device, ENOUGH["cuda"]) if wanted == "auto" else wanted))
     room = SHARE.get(device, SHARE["cuda"]) * free - demand.fixed
-    kept, again = (max(0, int(room // each)) for each in (demand.per_token, demand.per_token_recomputed))
-    recomputed = kept < enough if asked == "auto" else asked
-    fitting = again if recomputed else kept
+    whole, again = (max(0, int(room // each)) for each in (demand.per_token, demand.per_token_recomputed))
+    recomputed = whole < enough if asked == "auto" else asked
+    fitting = again if recomputed else whole
     if wanted == "auto":
         budget, why = _budget(fitting, rows, own, demand.useful, processes)
     else:
@@ -231,7 +247,7 @@ def plan_memory(
     held = demand.per_token_recomputed if recomputed else demand.per_token
     reason = (
         f"{budget:,} tokens ({why}): {free / _GIB:.1f} GiB free, {demand.fixed / _GIB:.1f} GiB for gradients, "
-        f"optimizer and head; {held / 2**10:,.0f} KiB of activations per token, {_recomputed(asked, recomputed, kept)}"
+        f"optimizer and head; {held / 2**10:,.0f} KiB of activations per token, {_recomputed(asked, recomputed, whole)}"
     )
     return MemoryPlan(budget, recomputed, reason, fits=fitting >= max(rows.longest, min(budget, own)))
 
@@ -252,7 +268,7 @@ def _budget(fitting: int, rows: Rows, own: int, useful: int, processes: int) -> 
     return (whole, why) if whole >= rows.longest else (useful, why)
 
 
-def _recomputed(asked: bool | str, recomputed: bool, kept: int) -> str:
+def _recomputed(asked: bool | str, recomputed: bool, whole: int) -> str:
     if asked != "auto":
         return f"{'' if recomputed else 'not '}recomputed, as train.gradient_checkpointing says"
-    return f"recomputed, for only {kept:,} tokens would fit otherwise" if recomputed else "none recomputed"
+    return f"recomputed, for only {whole:,} tokens would fit otherwise" if recomputed else "none recomputed"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     broadcast_object_list,
@@ -188,7 +189,8 @@ def set_up(
     reference.use_policy(policy.scorer)
     evaluator = make_evaluator(prepared, reference, token_budget=budget)
     module, optimizer = accelerator.prepare(policy.scorer, optimizer)
-    if keeps_gradients(device=accelerator.device.type, processes=accelerator.num_processes):
+    alone = accelerator.distributed_type == DistributedType.NO  # one process in a group is wrapped as well
+    if alone and keeps_gradients(device=accelerator.device.type, processes=accelerator.num_processes):
         policy.scorer.keep_gradients()
     resolved |= {"layout": policy.layout.layout, "attention": policy.layout.backend}
     tracker = None
@@ -234,7 +236,8 @@ def plan_run(prepared: Prepared, policy: Policy, device: torch.device, *, free: 
         shared=policy.layout.layout == "shared",
         processes=processes,
         second_model=_references_beside(prepared) * weights_bytes(reference_source(recipe)),
-        kept=keeps_gradients(device=device.type, processes=processes),
+        # The KL of whole distributions has a gradient of the head of its own, which autograd adds.
+        kept=keeps_gradients(device=device.type, processes=processes) and not prepared.loss.needs.sequential_kl,
     )
     return plan_memory(recipe, demand, rows, free=free, device=device.type, processes=processes)
 

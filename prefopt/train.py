@@ -172,7 +172,7 @@ def _optimizer_step(run: Run, plan: Step, rate: float, sums: MetricSums) -> torc
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     if run.scorer.kept is not None:
-        run.scorer.kept.begin_step()
+        run.scorer.kept.reset()
     return norm
 
 

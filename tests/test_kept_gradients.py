@@ -24,7 +24,7 @@ def gradients(family: str, *, keeps: bool, precision: str = "fp32", steps: int =
     for _ in range(steps):
         scorer.zero_grad(set_to_none=True)
         if scorer.kept is not None:
-            scorer.kept.begin_step()
+            scorer.kept.reset()
         for groups in MICRO_BATCHES:
             with autocast(CPU, precision):
                 scored = scorer(make_batch(groups))
@@ -61,7 +61,7 @@ def test_a_second_step_begins_at_zero_in_the_same_memory():
     assert weight.grad is there
     weight.grad += 1
     model.zero_grad(set_to_none=True)
-    kept.begin_step()
+    kept.reset()
     assert weight.grad is there
     assert not there.any()
     assert kept.of(model.model.norm.weight) is None
@@ -89,10 +89,60 @@ def test_layers_that_are_frozen_in_16_bit_or_not_torchs_own_are_left_to_autograd
     assert kinds(tiny_model("llama")) == {nn.Linear, nn.Embedding}
     assert kinds(tiny_model("llama").bfloat16()) == set()
     assert kinds(tiny_model("llama").requires_grad_(False)) == set()
-    assert kinds(tiny_model("gemma3_text")) == {nn.Linear}  # its embedding scales what it looks up
+    assert len(kinds(tiny_model("gemma3_text"))) == 2  # its embedding scales what torch's looks up
     sparse = tiny_model("llama")
     sparse.model.embed_tokens.sparse = True
     assert kinds(sparse) == {nn.Linear}
+
+
+@pytest.mark.parametrize("frozen", ["lm_head", "embed_tokens"])
+def test_of_a_half_frozen_model_the_other_half_is_kept(frozen):
+    found = []
+    for keeps in (False, True):
+        scorer = Scorer(tiny_model("llama"))
+        scorer.language_model.get_parameter(f"{'model.' * (frozen != 'lm_head')}{frozen}.weight").requires_grad_(False)
+        if keeps:
+            scorer.keep_gradients()
+        for groups in MICRO_BATCHES:
+            scorer(make_batch(groups)).sums.sum().backward()
+        found.append({name: each.grad for name, each in scorer.language_model.named_parameters()})
+    plain, kept = found
+    assert [name for name, gradient in kept.items() if gradient is None] == [
+        name for name, gradient in plain.items() if gradient is None
+    ]
+    for name, gradient in plain.items():
+        torch.testing.assert_close(kept[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_kl_of_whole_distributions_adds_what_autograd_makes_of_it(tied):
+    reference = Scorer(tiny_model("llama", seed=1))
+    found = []
+    for keeps in (False, True):
+        scorer = Scorer(tiny_model("llama", tie_word_embeddings=tied))
+        if keeps:
+            scorer.keep_gradients()
+        for groups in MICRO_BATCHES:
+            batch = make_batch(groups)
+            with torch.no_grad():
+                against = reference(batch, distribution=True).distribution
+            scored = scorer(batch, against=against)
+            (scored.sums - scored.sequential_kl).sum().backward()
+        found.append({name: each.grad for name, each in scorer.language_model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_gradients_that_were_taken_away_come_from_autograd():
+    plain = gradients("llama", keeps=False, tie_word_embeddings=True)
+    scorer = Scorer(tiny_model("llama", tie_word_embeddings=True))
+    scorer.keep_gradients()
+    scorer.zero_grad(set_to_none=True)
+    for groups in MICRO_BATCHES:
+        sums = scorer(make_batch(groups)).sums
+        (sums * torch.linspace(-1, 1, len(sums))).sum().backward()
+    for name, each in scorer.language_model.named_parameters():
+        torch.testing.assert_close(each.grad, plain[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_without_a_gradient_the_embedding_is_torchs_own():
@@ -112,8 +162,8 @@ def test_only_one_process_on_a_cpu_keeps_them():
 
 def test_a_run_keeps_them_and_trains_as_one_that_does_not(tmp_path, monkeypatch):
     began = []
-    begin = KeptGradients.begin_step
-    monkeypatch.setattr(KeptGradients, "begin_step", lambda kept: (began.append(len(kept._gradients)), begin(kept)))
+    begin = KeptGradients.reset
+    monkeypatch.setattr(KeptGradients, "reset", lambda kept: (began.append(len(kept._gradients)), begin(kept)))
     kept = train(tmp_path / "kept", train={"max_steps": 3})
     assert began == [2, 2, 2, 2]  # head and embedding, at the start and after each step
     monkeypatch.setattr("prefopt.run.keeps_gradients", lambda **_: False)

@@ -87,6 +87,17 @@ def test_small_models_and_large_vocabularies_get_large_ones(recipe):
     assert kept < apart / 3
 
 
+def test_with_tied_weights_each_use_counts_that_autograd_makes_anew(recipe):
+    sizes = {"hidden_size": 512, "intermediate_size": 864, "num_hidden_layers": 4, "vocab_size": 32_000}
+    tied = tiny_model("llama", **sizes, tie_word_embeddings=True)
+    kept = useful(recipe(), tied, kept=True)
+    tied.model.embed_tokens.sparse = True  # left to autograd
+    half = useful(recipe(), tied, kept=True)
+    assert kept < half < useful(recipe(), tied)
+    demand = demand_of(recipe(), tied, tied, ROWS, device="cpu", kept=True)
+    assert demand.head == 3 * CPU_TILE_BYTES + 4 * tied.lm_head.weight.numel()
+
+
 def test_kept_gradients_need_no_sum_of_their_own(recipe):
     model = tiny_model("llama")
     apart, kept = (demand_of(recipe(), model, model, ROWS, device="cpu", kept=kept) for kept in (False, True))

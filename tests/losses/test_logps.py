@@ -26,7 +26,7 @@ def dense(hidden, weight, bias, targets, scale, softcap):
     logits = scale * logits
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return torch.log_softmax(logits, -1)[torch.arange(TOKENS), targets]
+    return torch.log_softmax(logits, -1)[torch.arange(len(targets)), targets]
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 13, 100, None])
@@ -188,6 +188,18 @@ def test_large_logits_lose_nothing_to_their_size():
     assert weight.grad.isfinite().all()
 
 
+def test_rare_and_certain_tokens_are_both_exact_and_each_by_itself():
+    """Log-probs of -1e-6, -60 and -100 nats; the last one's probability has lost its digits in fp32."""
+    hidden = torch.tensor([[13.8155], [60.0], [100.0]])
+    weight = torch.tensor([[1.0], [0.0]])
+    targets = torch.tensor([0, 1, 1])
+    together = token_logps_from_hidden(hidden, weight, targets)
+    exact = dense(hidden.double(), weight.double(), None, targets, 1.0, None)
+    torch.testing.assert_close(together.double(), exact, rtol=1e-6, atol=1e-7)
+    alone = [token_logps_from_hidden(hidden[row : row + 1], weight, targets[row : row + 1]) for row in range(3)]
+    assert torch.equal(torch.cat(alone), together)
+
+
 def test_gradcheck():
     hidden, weight, bias, targets = head()
 
@@ -248,11 +260,11 @@ def test_left_aligned_refuses_a_mask_of_other_positions():
         left_aligned(torch.zeros(2, 5), torch.ones(2, 6))
 
 
-@pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_weights_gradient_can_be_added_elsewhere(monkeypatch, dtype, kept):
     """Twice, as two micro-batches would; 16-bit factors slab by slab."""
-    monkeypatch.setitem(logps.KEPT_BYTES, "cpu", kept)
+    monkeypatch.setitem(logps.KEPT_BYTES, "cpu", KEPT[kept] * dtype.itemsize)
     monkeypatch.setattr(logps, "SLAB_BYTES", 4 * HIDDEN * 3)
     hidden, weight, bias, targets = head(torch.float32 if dtype == torch.bfloat16 else dtype)
     autograds, elsewhere = [], torch.ones_like(weight)
