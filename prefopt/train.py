@@ -29,6 +29,7 @@ from prefopt.memory import Trimmer
 from prefopt.objective import MetricSums
 from prefopt.planning import Step
 from prefopt.prepare import prepare
+from prefopt.process import settle_process
 from prefopt.recipe import Recipe
 from prefopt.recipe.measures import BETTER
 from prefopt.reference.running import open_reference
@@ -50,6 +51,7 @@ def run_training(recipe: Recipe, console: Console) -> dict[str, Any]:
         UserError: something a person can mend.
         Interrupted: Ctrl-C; the state is saved.
     """
+    settle_process()
     accelerator = make_accelerator()
     screen = Screen(console if accelerator.is_main_process else Console(quiet=True))
     folder = claim_together(recipe, accelerator)

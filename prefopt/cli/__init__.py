@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from prefopt.errors import Interrupted, Problem, UserError
+from prefopt.process import settle_process
 
 EXTRA = frozenset(
     {
@@ -51,10 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 it worked, 2 a person can mend it, 130 interrupted. An error of prefopt itself is not caught.
     """
-    # Idle OpenMP threads give up spinning soon (read once, when torch loads): with libgomp's default of milliseconds,
-    # training steps of the sandbox on two cores shared with other processes took 3 to 10 times as long.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    settle_process()
     if os.getcwd() not in sys.path and "" not in sys.path:  # `module:function` of a recipe, as with `python -m`
         sys.path.append(os.getcwd())
     try:
