@@ -221,7 +221,7 @@ class _Tiles:
         torch.softmax(logits, dim=-1, out=softmax)
         probabilities = softmax.gather(1, targets).squeeze(1)
         logps, rare = probabilities.log(), probabilities <= RARE
-        if logits.device.type != "cpu" or bool(rare.any()):  # an accelerator is not asked: the answer would wait for it
+        if not answers_at_once(logits.device) or bool(rare.any()):
             # logsumexp(z) = max z - log max p, and max p is at least 1 / vocab: nothing underflows.
             normaliser = logits.amax(-1) - softmax.amax(-1).log()
             logps = torch.where(rare, logits.gather(1, targets).squeeze(1) - normaliser, logps)
@@ -299,6 +299,11 @@ def _add_product(total: Tensor, slopes: Tensor, scaled: Tensor) -> None:
     for begin in range(0, len(total), slab):
         part = slice(begin, begin + slab)
         total[part] += product(slopes[:, part].t(), scaled)
+
+
+def answers_at_once(device: torch.device) -> bool:
+    """Whether a look at a tensor's values waits for nothing: an accelerator is not asked."""
+    return device.type == "cpu"
 
 
 def _kept(hidden: Tensor, vocab: int, positions: int) -> Tensor:
