@@ -10,6 +10,7 @@ micro-batch would not fit otherwise, for it costs a third of a full step's time 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -168,11 +169,11 @@ def _useful_on_cpu(base: nn.Module, precision: str, *, kept: bool) -> int:
     micro-batches, 2.05 and 1.81 s and 2.33 GiB in one; trained whole 2.96 and 3.17 s.
     """
     trained = [p for p in base.parameters() if p.requires_grad]
-    kept_ones, made = _ends(base, kept=kept)
-    ends = {id(layer.weight) for layer in kept_ones + made}
-    made_sizes = [_size(p) for p in trained if id(p) not in ends] + [_size(layer.weight) for layer in made]
-    there = sum(_size(layer.weight) for layer in kept_ones) + sum(size for size in made_sizes if size < KEPT_BLOCK)
-    anew = sum(size for size in made_sizes if size >= KEPT_BLOCK)
+    stay, made = _ends(base, kept=kept)
+    ends = {id(layer.weight) for layer in stay + made}
+    sizes = [p.nbytes for p in trained if id(p) not in ends] + [layer.weight.nbytes for layer in made]
+    there = sum(layer.weight.nbytes for layer in stay) + sum(size for size in sizes if size < KEPT_BLOCK)
+    anew = sum(size for size in sizes if size >= KEPT_BLOCK)
     beside = SECONDS_PER_LAYER * len(decoder_layers(base))
     beside += there * SECONDS_PER_SUMMED_BYTE["there"] + anew * SECONDS_PER_SUMMED_BYTE["anew"]
     forwards = 3 if all(p.requires_grad for p in base.parameters()) else 2
@@ -180,19 +181,15 @@ def _useful_on_cpu(base: nn.Module, precision: str, *, kept: bool) -> int:
     return min(MOST["cpu"], max(ENOUGH["cpu"], round(beside / (EXTRA * each))))
 
 
-def _ends(base: nn.Module, *, kept: bool) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Head and embedding, as far as they train: those that keep their gradients, and those whose autograd makes.
+def _ends(base: nn.Module, *, kept: bool) -> tuple[list[Any], list[Any]]:
+    """Head and embedding, as far as they train: those whose gradients stay, and those whose autograd makes.
 
     A tied weight counts once for each.
     """
-    kept_ones: list[nn.Module] = list(kept_layers(base)) if kept else []
+    stay: list[Any] = list(kept_layers(base)) if kept else []
     both = [layer for layer in (base.get_output_embeddings(), base.get_input_embeddings()) if layer is not None]
     trained = [layer for layer in both if getattr(layer, "weight", None) is not None and layer.weight.requires_grad]
-    return kept_ones, [layer for layer in trained if all(layer is not other for other in kept_ones)]
-
-
-def _size(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    return stay, [layer for layer in trained if all(layer is not other for other in stay)]
 
 
 def weights_bytes(source: ModelSource) -> int:
