@@ -29,6 +29,7 @@ from prefopt.planning import Step
 from prefopt.run import Run
 from prefopt.step_record import fed_back, from_all_processes, joined, step_gradients, without_effect
 from prefopt_losses import ListLogProbs, LossError
+from prefopt_losses.logps import answers_at_once
 
 
 def accumulate_gradients(run: Run, plan: Step, sums: MetricSums) -> None:
@@ -124,7 +125,7 @@ def _losses(run: Run, record: Record, rows: tuple[int, ...]) -> torch.Tensor:
 
 def looks_at_once(run: Run) -> bool:
     """Whether to look for NaN at once: elsewhere than on a CPU that would wait for the device."""
-    return run.accelerator.device.type == "cpu"
+    return answers_at_once(run.accelerator.device)
 
 
 def not_finite(run: Run, given: str) -> ModelError:

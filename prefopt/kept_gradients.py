@@ -1,9 +1,9 @@
 """The gradients of head and embedding: two blocks of vocabulary x hidden that stay in memory and are added to there.
 
-Autograd makes them anew in every step, and with tied weights four times: the head's, the embedding's (zeros but for
-the rows of the tokens that occur), their sum, and that of micro-batches. The C library returns blocks of more than
-32 MiB as soon as they are free, so each one is faulted in again: with 32,000 x 512 numbers in fp32, 65 MB, about 200
-of 1,200 ms of a bf16 step on two cores.
+Autograd makes the head's and the embedding's (zeros but for the rows of the tokens that occur) anew in every
+micro-batch, and adds them. The C library returns blocks of 32 MiB and more as soon as they are free, so each one is
+faulted in again: with 32,000 x 512 tied numbers in fp32 (65 MB), a bf16 step of four pairs took 1.62 s on two cores,
+and 1.24 s with gradients that stay.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tiny import ARCHITECTURES, group, tiny_model
@@ -25,10 +27,16 @@ def gradients(family: str, *, keeps: bool, precision: str = "fp32", steps: int =
         scorer.zero_grad(set_to_none=True)
         if scorer.kept is not None:
             scorer.kept.reset()
-        for groups in MICRO_BATCHES:
-            with autocast(CPU, precision):
-                scored = scorer(make_batch(groups))
-            (scored.sums * torch.linspace(-1, 1, len(scored.sums))).sum().backward()
+        found = after_a_step(scorer, precision)
+    return found
+
+
+def after_a_step(scorer: Scorer, precision: str = "fp32") -> dict[str, torch.Tensor | None]:
+    """Gradients by name, after two micro-batches on top of what is there."""
+    for groups in MICRO_BATCHES:
+        with autocast(CPU, precision):
+            scored = scorer(make_batch(groups))
+        (scored.sums * torch.linspace(-1, 1, len(scored.sums))).sum().backward()
     return {name: each.grad for name, each in scorer.language_model.named_parameters()}
 
 
@@ -103,9 +111,7 @@ def test_of_a_half_frozen_model_the_other_half_is_kept(frozen):
         scorer.language_model.get_parameter(f"{'model.' * (frozen != 'lm_head')}{frozen}.weight").requires_grad_(False)
         if keeps:
             scorer.keep_gradients()
-        for groups in MICRO_BATCHES:
-            scorer(make_batch(groups)).sums.sum().backward()
-        found.append({name: each.grad for name, each in scorer.language_model.named_parameters()})
+        found.append(after_a_step(scorer))
     plain, kept = found
     assert [name for name, gradient in kept.items() if gradient is None] == [
         name for name, gradient in plain.items() if gradient is None
@@ -138,11 +144,8 @@ def test_gradients_that_were_taken_away_come_from_autograd():
     scorer = Scorer(tiny_model("llama", tie_word_embeddings=True))
     scorer.keep_gradients()
     scorer.zero_grad(set_to_none=True)
-    for groups in MICRO_BATCHES:
-        sums = scorer(make_batch(groups)).sums
-        (sums * torch.linspace(-1, 1, len(sums))).sum().backward()
-    for name, each in scorer.language_model.named_parameters():
-        torch.testing.assert_close(each.grad, plain[name], rtol=1e-4, atol=1e-5, msg=name)
+    for name, gradient in after_a_step(scorer).items():
+        torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_without_a_gradient_the_embedding_is_torchs_own():
@@ -164,9 +167,11 @@ def test_a_run_keeps_them_and_trains_as_one_that_does_not(tmp_path, monkeypatch)
     began = []
     begin = KeptGradients.reset
     monkeypatch.setattr(KeptGradients, "reset", lambda kept: (began.append(len(kept._gradients)), begin(kept)))
-    kept = train(tmp_path / "kept", train={"max_steps": 3})
+    fast = {"max_steps": 3, "learning_rate": 1e-2, "warmup": 0}
+    kept = train(tmp_path / "kept", train=fast)
     assert began == [2, 2, 2, 2]  # head and embedding, at the start and after each step
     monkeypatch.setattr("prefopt.run.keeps_gradients", lambda **_: False)
-    plain = train(tmp_path / "plain", train={"max_steps": 3})
+    plain = train(tmp_path / "plain", train=fast)
     assert len(began) == 4
+    assert abs(plain["train"]["loss"] - math.log(2)) > 0.01  # it moved, or wrong gradients would not be seen
     assert kept["train"]["loss"] == pytest.approx(plain["train"]["loss"], abs=1e-5)
