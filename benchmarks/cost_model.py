@@ -13,7 +13,7 @@ N are the parameters of matrix products without embedding and head, d = heads x 
 forwards (3 with all weights trained, 2 with an adapter, 1 more where activations are recomputed) and u head products
 (3 where the gradient is made with the value, 4 where logits are recomputed, 1 less with a frozen head). An online
 reference adds one forward and one head product. TRL pads to the longest row of a batch, and off CUDA its head scores
-every position of every row.
+every position of every row. prefopt's last MLP sees scored positions only.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class Shape:
     """heads x head_dim."""
     vocab: int
     hidden: int
+    last_mlp: float = 0.0
+    """Of the last layer's MLP, which prefopt computes for scored positions only."""
 
     def forward(self, tokens: float, area: float) -> float:
         """Operations of one forward pass without the head."""
@@ -101,7 +103,9 @@ def operations(
     k, u = 2 if lora else 3, 2 if lora else 3
     steps = len(pairs) / batch
     if tool.startswith("prefopt"):
-        return shape.step(unshared(pairs) if tool.endswith("unshared") else shared(pairs), k=k, u=u) / steps
+        layout = unshared(pairs) if tool.endswith("unshared") else shared(pairs)
+        unread = k * 2 * shape.last_mlp * (layout.tokens - layout.scored)
+        return (shape.step(layout, k=k, u=u) - unread) / steps
     online = not tool.startswith("trl-precomputed")
     layout = padded(pairs, batch, compact=tool.endswith("compact"))
     return shape.step(layout, k=k + online + checkpointing, u=u + 1 + online) / steps

@@ -36,8 +36,9 @@ class Workload:
     @property
     def shape(self) -> Shape:
         """Its matrix products."""
-        per_layer = 4 * self.hidden**2 + 3 * self.hidden * self.intermediate
-        return Shape(self.layers * per_layer, self.layers, self.hidden, self.vocab, self.hidden)
+        mlp = 3 * self.hidden * self.intermediate
+        per_layer = 4 * self.hidden**2 + mlp
+        return Shape(self.layers * per_layer, self.layers, self.hidden, self.vocab, self.hidden, last_mlp=mlp)
 
 
 WORKLOADS = {

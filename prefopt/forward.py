@@ -28,6 +28,7 @@ from prefopt.attention import ARGUMENT, NAME, AttentionPlan, Backend
 from prefopt.batching import RaggedBatch
 from prefopt.errors import ModelError, Problem
 from prefopt.kept_gradients import KeptGradients
+from prefopt.last_layer import read_only_what_predicts
 from prefopt.memory import Trimmer
 from prefopt_losses.distributions import relative_token_logps_from_hidden, sequential_kl_from_hidden
 from prefopt_losses.head import Head
@@ -88,6 +89,7 @@ class Scorer(nn.Module):
         self.value_head: nn.Linear | None = None
         self.attention_calls = 0
         self.kept: KeptGradients | None = None
+        read_only_what_predicts(self.language_model)
         self.set_layout(layout)
 
     def set_layout(self, layout: Layout, backend: Backend = "sdpa") -> None:

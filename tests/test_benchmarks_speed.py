@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,21 @@ def test_an_online_reference_and_checkpointing_each_cost_a_forward_pass(rooms, l
     assert online - precomputed == pytest.approx(forward + llama.head(layout.scored))
     assert operations("trl", checkpointing=True) - online == pytest.approx(forward)
     assert operations("prefopt") < operations("prefopt-unshared") < operations("trl-precomputed-compact") < precomputed
+
+
+def test_what_nobody_reads_of_the_last_mlp_is_not_counted(rooms, llama):
+    cost_model = rooms[0]
+    pairs = [(64, 32, 16), (8, 4, 4)]
+    mlp = 3 * 4096 * 14336
+    narrow = replace(llama, last_mlp=mlp)
+
+    def saved(tool: str) -> float:
+        whole, less = (cost_model.operations(tool, each, pairs, batch=2, lora=False) for each in (llama, narrow))
+        return whole - less
+
+    assert saved("prefopt") == pytest.approx(3 * 2 * mlp * (64 + 8))
+    assert saved("prefopt-unshared") == pytest.approx(3 * 2 * mlp * 2 * (64 + 8))
+    assert saved("trl") == 0
 
 
 def test_the_lower_bound_of_a_median_is_an_order_statistic(rooms):

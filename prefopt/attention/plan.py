@@ -83,6 +83,20 @@ class AttentionPlan:
         return self._added[key]
 
     @cached_property
+    def read(self) -> Tensor:
+        """(read,) the rows that predict a token of a completion, each once; on the device."""
+        rows = []
+        for tree in self.trees:
+            first = tree.start + tree.prompt
+            rows.append(torch.arange(first - 1, first + sum(count for _, count in tree.branches)))
+        return self._moved(torch.cat(rows))
+
+    @property
+    def tokens(self) -> int:
+        """Rows in all."""
+        return sum(self.sizes)
+
+    @cached_property
     def gathered(self) -> GatheredSegments:
         """The segments for one variable-length call, on the device; made on the host and moved without waiting."""
         starts = [0]
