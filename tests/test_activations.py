@@ -62,8 +62,8 @@ def test_what_is_counted_is_what_autograd_keeps(name, precision, lora):
     scorer = tiny_scorer(name, precision, lora=lora)
     measured = kept_bytes(scorer, some_batch(), precision)
     predicted = activation_bytes(shape_of(scorer.language_model), precision, recomputed=False, context=context())
-    # The count knows nothing of the last layer's MLP, which keeps a part of its rows: here one of two layers.
-    assert 0.9 * measured < predicted < 1.5 * measured
+    # The count knows nothing of the last layer's MLP, which keeps a part of its rows: here one of four layers.
+    assert 0.9 * measured < predicted < 1.45 * measured
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

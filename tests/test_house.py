@@ -21,7 +21,7 @@ FLOORS = [
     ["data", "sandbox", "lora"],
     ["batching", "models", "adapters", "quantization", "activations", "prefetch"],
     ["attention", "planning", "fit", "adapter_fit", "kept_gradients"],
-    ["acceleration", "last_layer", "memory_plan"],
+    ["acceleration", "last_mlp", "memory_plan"],
     ["forward"],
     ["layout", "objective", "optimizers", "prepare"],
     ["feed", "step_record"],

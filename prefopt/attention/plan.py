@@ -83,7 +83,7 @@ class AttentionPlan:
         return self._added[key]
 
     @cached_property
-    def read(self) -> Tensor:
+    def read_rows(self) -> Tensor:
         """(read,) the rows that predict a token of a completion, each once; on the device."""
         rows = []
         for tree in self.trees:
