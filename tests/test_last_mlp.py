@@ -13,6 +13,9 @@ from prefopt.attention import AttentionPlan
 from prefopt.batching import RaggedBatch, make_batch
 from prefopt.forward import Scorer, autocast
 from prefopt.last_mlp import parts_that_multiply
+from prefopt.layout import LayoutChoice
+from prefopt.models import switch_off_dropout
+from prefopt.policy import Policy
 
 BATCH = make_batch([group(11, [9, 5], seed=1), group(1, [1, 6, 3], seed=2), group(5, [12], seed=3)])
 READ = 1 + 8 + 4 + 1 + 5 + 2 + 1 + 11
@@ -134,8 +137,7 @@ def test_recomputed_layers_find_their_own_row_though_another_of_that_size_went_t
     assert SAME_SIZE.tokens == BATCH.tokens
     expected = numbers(whole(tiny_model(family)))
     scorer = Scorer(tiny_model(family)).train()
-    scorer.eval() if family == "gpt2" else None  # its dropout
-    scorer.language_model.train(family != "gpt2")
+    switch_off_dropout(scorer.language_model)
     scorer.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     scorer.zero_grad(set_to_none=True)
     sums = scorer(BATCH).sums
@@ -170,12 +172,20 @@ def test_experts_that_give_their_rows_without_a_batch_are_put_back():
     mlp = mlp_of(scorer)
     plain = mlp.forward
     mlp.forward = lambda hidden: (plain(hidden)[0], None)
-    layer = decoder_layers(scorer.language_model)[-1]
     outputs = []
     mlp.register_forward_hook(lambda module, given, output: outputs.append(output[0].shape) or output[0][None])
     assert torch.equal(scorer(BATCH).sums, Scorer(tiny_model("llama"))(BATCH).sums)
     assert outputs == [(BATCH.tokens, 32)]
-    assert layer.mlp is mlp
+
+
+def test_compiled_layers_compute_whole_rows(monkeypatch):
+    scorer = Scorer(tiny_model("llama"))
+    monkeypatch.setattr("prefopt.policy.compile_layers", lambda model, *, recomputed: None)
+    policy = Policy(scorer, LayoutChoice("shared", 0.0, ""), 0, 0)
+    policy.settle(recomputed=False, compiled=False)
+    assert rows_seen(scorer, lambda: scorer(BATCH)) == [READ]
+    policy.settle(recomputed=False, compiled=True)
+    assert rows_seen(scorer, lambda: scorer(BATCH)) == [BATCH.tokens]
 
 
 def test_a_stack_that_is_not_all_layers_is_computed_whole():
