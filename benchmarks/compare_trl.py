@@ -6,8 +6,9 @@
     python benchmarks/compare_trl.py --workload reference --growth 200
 
 Both tools get the same weights, token ids, order, batch, loss, AdamW (fused), learning rate and clipping, and train
-in their own loops. Every counted step must score the same tokens in both; in fp32 the losses must agree to 1e-4.
-Otherwise the program fails and prints no table.
+in their own loops. The pairs are the draw whose padding and sharing are most like those of all pairs, and a run's
+time is the mean of its steps, for they differ in length. Every counted step must score the same tokens in both; in
+fp32 the losses must agree to 1e-4. Otherwise the program fails and prints no table.
 
     prefopt                  reference cached (scored before the first step), token budget and layout as it chooses
     prefopt-unshared         the same ragged rows with every prompt computed twice: what sharing alone is worth
@@ -46,6 +47,7 @@ from speed_workloads import (
     bpe_tokenizer,
     make_model,
     read_real_pairs,
+    waste,
     word_tokenizer,
     write_random_pairs,
     write_real_pairs,
@@ -143,7 +145,9 @@ def measure(
     """Run every tool in turn, and show what came of it."""
     workload, steps = WORKLOADS[name], arguments.warmup + arguments.steps
     max_length = arguments.max_length or (512 if name == "alpaca" else 4096)
-    pairs = prepare(folder, name, workload, steps * BATCH, arguments.data, max_length)
+    uncounted = arguments.warmup * BATCH
+    usual, pairs = prepare(folder, name, workload, steps * BATCH, uncounted, arguments.data, max_length)
+    counted = pairs[uncounted:]
     tools = ["trl-adapter-off" if tool == "trl" and workload.lora else tool for tool in arguments.tools]
     own: list[Figures] = []
     for number in range(arguments.runs):
@@ -158,9 +162,13 @@ def measure(
             }  # fmt: skip
             for figures in run(job, folder / "figures.json"):
                 figures["operations"] = operations(
-                    figures["tool"], workload.shape, pairs[arguments.warmup * BATCH :], batch=BATCH,
-                    lora=workload.lora, checkpointing=arguments.trl_checkpointing,
-                )  # fmt: skip
+                    figures["tool"],
+                    workload.shape,
+                    counted,
+                    batch=BATCH,
+                    lora=workload.lora,
+                    checkpointing=arguments.trl_checkpointing,
+                )
                 own.append(figures)
     runs += own
     refuse_another_training(own, precision)
@@ -168,6 +176,8 @@ def measure(
         show(growth(own[0]))
         return
     show(table(name, precision, own))
+    show([f"\nRows padded to the longest of a batch: {waste(counted)[0]:.2f} times the tokens (all such pairs: "
+          f"{usual:.2f})."])  # fmt: skip
     if "prefopt-unshared" in tools:
         show([sharing(own)])
     if name == "alpaca":
@@ -176,17 +186,20 @@ def measure(
         show(count_tokens(arguments.data, folder, max_length))
 
 
-def prepare(folder: Path, name: str, workload: Workload, count: int, data: Path | None, max_length: int) -> list[Pair]:
-    """Write the model and the pairs; returns the pairs' lengths."""
+def prepare(
+    folder: Path, name: str, workload: Workload, count: int, uncounted: int, data: Path | None, max_length: int
+) -> tuple[float, list[Pair]]:
+    """Write the model and the pairs; returns the padding of all such pairs and these pairs' lengths."""
+    file = folder / "pairs.jsonl"
     if name == "alpaca" and data is not None:
         rows = read_real_pairs(data)
         tokenizer = bpe_tokenizer([text for row in rows for text in row.values()], workload.vocab)
-        pairs = write_real_pairs(folder / "pairs.jsonl", rows, tokenizer, count, max_length)
+        written = write_real_pairs(file, rows, tokenizer, count, max_length, uncounted=uncounted)
     else:
         tokenizer = word_tokenizer(workload.vocab)
-        pairs = write_random_pairs(folder / "pairs.jsonl", workload, count)
+        written = write_random_pairs(file, workload, count, uncounted=uncounted)
     make_model(folder / "model", workload, tokenizer)
-    return pairs
+    return written
 
 
 def run(job: Figures, out: Path) -> list[Figures]:
@@ -202,7 +215,7 @@ def run(job: Figures, out: Path) -> list[Figures]:
         raise SystemExit(f"{job['tool']} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
     figures: list[Figures] = json.loads(out.read_text())
     for one in figures:
-        said = f"run {one['run'] + 1} {one['workload']} {one['precision']} {one['tool']}: {one['median_s']:.3f} s/step"
+        said = f"run {one['run'] + 1} {one['workload']} {one['precision']} {one['tool']}: {one['step_s']:.3f} s/step"
         print(f"  {said}", file=sys.stderr, flush=True)
     return figures
 

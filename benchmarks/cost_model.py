@@ -140,7 +140,7 @@ def paired_ratios(
     """
 
     def cost(run: dict[str, Any]) -> float:
-        return run["median_s"] * (statistics.mean(run["matmul_rate"]) if at_equal_rate else 1.0)
+        return run["step_s"] * (statistics.mean(run["matmul_rate"]) if at_equal_rate else 1.0)
 
     costs = {name: {run["run"]: cost(run) for run in runs if run["tool"] == name} for name in (tool, ours)}
     return [costs[tool][number] / own for number, own in sorted(costs[ours].items()) if number in costs[tool]]

@@ -161,7 +161,7 @@ def train(arguments: argparse.Namespace, bounds: Bounds) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_model(folder / "model", workload, word_tokenizer(workload.vocab))
-        write_random_pairs(folder / "pairs.jsonl", workload, steps * BATCH)
+        write_random_pairs(folder / "pairs.jsonl", workload, steps * BATCH, uncounted=arguments.warmup * BATCH)
         job = {
             "tool": "prefopt", "model": str(folder / "model"), "pairs": str(folder / "pairs.jsonl"), "max_length": 4096,
             "output": str(folder / "run"), "steps": steps, "batch": BATCH, "beta": 0.1, "lora": workload.lora,

@@ -73,7 +73,7 @@ class Clock:
         """Everything that was noted."""
         steps = self.times[self.warmup :]
         return {
-            "steps_s": steps, "median_s": statistics.median(steps), "first_step_s": self.times[0],
+            "steps_s": steps, "step_s": statistics.mean(steps), "first_step_s": self.times[0],
             "losses": self.losses, "scored": self.scored[self.warmup : self.total], "matmul_rate": self.rates,
             "peak_bytes": self.peak, "floor_bytes": self.floor, "resident_bytes": self.resident,
             "reference_s": self.reference_s, "load": os.getloadavg()[0],

@@ -24,7 +24,7 @@ def table(name: str, precision: str, runs: Sequence[Figures]) -> list[str]:
     operations = {run["tool"]: run["operations"] for run in runs}
     for tool in tools:
         own = [run for run in runs if run["tool"] == tool]
-        times = [run["median_s"] for run in own]
+        times = [run["step_s"] for run in own]
         ratios = paired_ratios(runs, tool, tools[0])
         low, high = min(ratios), max(ratios)
         equal = statistics.median(paired_ratios(runs, tool, tools[0], at_equal_rate=True))
@@ -60,7 +60,7 @@ def used_once(runs: Sequence[Figures], tools: Sequence[str]) -> list[str]:
     if online is None:
         return []
     charged = [
-        {**run, "median_s": run["median_s"] + run["reference_s"] / run["steps"]} if run["tool"] == tools[0] else run
+        {**run, "step_s": run["step_s"] + run["reference_s"] / run["steps"]} if run["tool"] == tools[0] else run
         for run in runs
     ]
     ratios = paired_ratios(charged, online, tools[0])
