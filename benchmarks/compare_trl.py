@@ -167,8 +167,8 @@ def measure(
                     counted,
                     batch=BATCH,
                     lora=workload.lora,
-                    checkpointing=arguments.trl_checkpointing,
-                )
+                    checkpointing=arguments.trl_checkpointing, precision=precision,
+                )  # fmt: skip
                 own.append(figures)
     runs += own
     refuse_another_training(own, precision)

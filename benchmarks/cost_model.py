@@ -13,7 +13,7 @@ N are the parameters of matrix products without embedding and head, d = heads x 
 forwards (3 with all weights trained, 2 with an adapter, 1 more where activations are recomputed) and u head products
 (3 where the gradient is made with the value, 4 where logits are recomputed, 1 less with a frozen head). An online
 reference adds one forward and one head product. TRL pads to the longest row of a batch, and off CUDA its head scores
-every position of every row. prefopt's last MLP sees scored positions only.
+every position of every row. prefopt's last MLP sees scored positions only; in fp32 so does its last attention.
 """
 
 from __future__ import annotations
@@ -71,18 +71,22 @@ class Layout:
     """Sum of squared lengths: the causal area of attention."""
     scored: float
     """Positions that the head sees."""
+    prompts: float = 0.0
+    """Causal area of the prompts alone, each as often as it is computed."""
 
 
 def shared(pairs: Sequence[Pair]) -> Layout:
     """Every prompt once, no padding."""
     area = sum((p + c) ** 2 + (p + r) ** 2 - p**2 for p, c, r in pairs)
-    return Layout(sum(p + c + r for p, c, r in pairs), area, sum(c + r for _, c, r in pairs))
+    prompts = sum(p**2 for p, _, _ in pairs)
+    return Layout(sum(p + c + r for p, c, r in pairs), area, sum(c + r for _, c, r in pairs), prompts)
 
 
 def unshared(pairs: Sequence[Pair]) -> Layout:
     """Every prompt twice, no padding."""
     area = sum((p + c) ** 2 + (p + r) ** 2 for p, c, r in pairs)
-    return Layout(sum(2 * p + c + r for p, c, r in pairs), area, sum(c + r for _, c, r in pairs))
+    prompts = sum(2 * p**2 for p, _, _ in pairs)
+    return Layout(sum(2 * p + c + r for p, c, r in pairs), area, sum(c + r for _, c, r in pairs), prompts)
 
 
 def padded(pairs: Sequence[Pair], batch: int, *, compact: bool) -> Layout:
@@ -97,15 +101,24 @@ def padded(pairs: Sequence[Pair], batch: int, *, compact: bool) -> Layout:
 
 
 def operations(
-    tool: str, shape: Shape, pairs: Sequence[Pair], *, batch: int, lora: bool, checkpointing: bool = False
+    tool: str,
+    shape: Shape,
+    pairs: Sequence[Pair],
+    *,
+    batch: int,
+    lora: bool,
+    checkpointing: bool = False,
+    precision: str = "fp32",
 ) -> float:
     """Operations of a tool's mean step over these pairs; what a cache or a first pass computed is not in it."""
     k, u = 2 if lora else 3, 2 if lora else 3
     steps = len(pairs) / batch
     if tool.startswith("prefopt"):
         layout = unshared(pairs) if tool.endswith("unshared") else shared(pairs)
-        unread = k * 2 * shape.last_mlp * (layout.tokens - layout.scored)
-        return (shape.step(layout, k=k, u=u) - unread) / steps
+        unread = 2 * shape.last_mlp * (layout.tokens - layout.scored)
+        if precision == "fp32":
+            unread += 2 * shape.width * layout.prompts
+        return (shape.step(layout, k=k, u=u) - k * unread) / steps
     online = not tool.startswith("trl-precomputed")
     layout = padded(pairs, batch, compact=tool.endswith("compact"))
     return shape.step(layout, k=k + online + checkpointing, u=u + 1 + online) / steps

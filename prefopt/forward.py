@@ -28,7 +28,7 @@ from prefopt.attention import ARGUMENT, NAME, AttentionPlan, Backend
 from prefopt.batching import RaggedBatch
 from prefopt.errors import ModelError, Problem
 from prefopt.kept_gradients import KeptGradients
-from prefopt.last_mlp import LastMLP
+from prefopt.last_layer import LastLayer
 from prefopt.memory import Trimmer
 from prefopt_losses.distributions import relative_token_logps_from_hidden, sequential_kl_from_hidden
 from prefopt_losses.head import Head
@@ -83,7 +83,7 @@ class ReferenceLogps(Protocol):
 class Scorer(nn.Module):
     """A causal language model as a function from a batch to completion log-probs.
 
-    It hooks the model's last layer, whose MLP computes what is read of a row of shared prompts (`prefopt.last_mlp`).
+    It hooks the model's last layer, whose MLP computes what is read of a row of shared prompts (`prefopt.last_layer`).
     """
 
     def __init__(self, model: nn.Module, *, layout: Layout = "shared") -> None:
@@ -92,7 +92,7 @@ class Scorer(nn.Module):
         self.value_head: nn.Linear | None = None
         self.attention_calls = 0
         self.kept: KeptGradients | None = None
-        self.last_mlp = LastMLP(self.language_model)
+        self.last_layer = LastLayer(self.language_model)
         self.set_layout(layout)
 
     def set_layout(self, layout: Layout, backend: Backend = "sdpa") -> None:

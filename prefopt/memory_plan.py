@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from prefopt.activations import activation_bytes, decoder_layers, shape_of
+from prefopt.attention import Backend
 from prefopt.kept_gradients import kept_layers
 from prefopt.memory import KEPT_BLOCK
 from prefopt.models import ModelSource, load_config
@@ -123,6 +124,7 @@ def demand_of(
     *,
     device: str,
     shared: bool = True,
+    backend: Backend = "sdpa",
     processes: int = 1,
     second_model: int = 0,
     kept: bool = False,
@@ -136,6 +138,7 @@ def demand_of(
         rows: what the data ask.
         device: the type of the device.
         shared: whether prompts are shared; one row per completion has more tokens than are planned.
+        backend: what computes the attention of shared prompts.
         processes: more than one hold their gradients twice, once in the buckets that are exchanged.
         second_model: bytes of a reference's weights that will be loaded beside it.
         kept: whether head and embedding keep their gradients.
@@ -147,7 +150,7 @@ def demand_of(
     moments["paged_adamw_8bit"] = moments["adamw_8bit"] if device == "cpu" else 0
     precision, shape, times = recipe.train.precision, shape_of(base), 1.0 if shared else rows.unshared
     held, again = (
-        times * activation_bytes(shape, precision, recomputed=recomputed, context=rows.context)
+        times * activation_bytes(shape, precision, recomputed=recomputed, context=rows.context, backend=backend)
         for recomputed in (False, True)
     )
     return Demand(

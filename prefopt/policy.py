@@ -38,7 +38,7 @@ class Policy:
         if recomputed:
             self._recompute_activations()
         if compiled:
-            self.scorer.last_mlp.compute_whole()  # how many rows are read would be another program for every batch
+            self.scorer.last_layer.compute_whole()  # how many rows are read would be another program for every batch
             compile_layers(self.scorer.language_model, recomputed=recomputed)
 
     def _recompute_activations(self) -> None:

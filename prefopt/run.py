@@ -234,6 +234,7 @@ def plan_run(prepared: Prepared, policy: Policy, device: torch.device, *, free: 
         rows,
         device=device.type,
         shared=policy.layout.layout == "shared",
+        backend=policy.layout.backend,
         processes=processes,
         second_model=_references_beside(prepared) * weights_bytes(reference_source(recipe)),
         # The KL of whole distributions has a gradient of the head of its own, which autograd adds.

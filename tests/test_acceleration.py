@@ -68,7 +68,7 @@ def test_compiled_layers_give_the_same_for_rows_of_every_length(name, recomputed
         scorer.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         scorer.language_model.enable_input_require_grads()
     torch._dynamo.reset()
-    scorers[1].last_mlp.compute_whole()
+    scorers[1].last_layer.compute_whole()
     compile_layers(scorers[1].language_model, recomputed=recomputed)
     assert list(scorers[1].state_dict()) == names
     torch._dynamo.utils.counters.clear()

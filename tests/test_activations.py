@@ -60,15 +60,27 @@ def context() -> float:
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "gpt2"])
 def test_what_is_counted_is_what_autograd_keeps(name, precision, lora):
     scorer = tiny_scorer(name, precision, lora=lora)
-    scorer.last_mlp.compute_whole()
+    scorer.last_layer.compute_whole()
     measured = kept_bytes(scorer, some_batch(), precision)
     predicted = activation_bytes(shape_of(scorer.language_model), precision, recomputed=False, context=context())
     assert 0.9 * measured < predicted < 1.4 * measured
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_what_whole_products_keep_is_counted(name):
+    scorer = tiny_scorer(name, "fp32")
+    scorer.last_layer.compute_whole()
+    scorer.set_layout("shared", "products")
+    measured, shape = kept_bytes(scorer, some_batch(), "fp32"), shape_of(scorer.language_model)
+    named = {"recomputed": False, "context": context()}
+    predicted = activation_bytes(shape, "fp32", backend="products", **named)
+    assert 0.9 * measured < predicted < 1.4 * measured
+    assert predicted > activation_bytes(shape, "fp32", **named)
+
+
 def test_the_last_mlp_keeps_less_by_the_rows_that_nobody_reads():
     narrow, whole = tiny_scorer("llama", "fp32"), tiny_scorer("llama", "fp32")
-    whole.last_mlp.compute_whole()
+    whole.last_layer.compute_whole()
     less = kept_bytes(whole, some_batch(), "fp32") - kept_bytes(narrow, some_batch(), "fp32")
     # Four tensors inside the MLP for every other position of a prompt; not its input, of which a copy is kept.
     inside = 4 * 4 * WIDE["intermediate_size"] * (PROMPT - 1) / some_batch().tokens * 20

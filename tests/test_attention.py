@@ -12,6 +12,7 @@ from tiny import group, tiny_model
 
 from prefopt.attention import AttentionPlan
 from prefopt.attention.choice import backends
+from prefopt.attention.products import product_attention
 from prefopt.attention.registered import tree_attention
 from prefopt.attention.varlen import gathered_attention, torch_flash
 from prefopt.batching import make_batch
@@ -78,6 +79,82 @@ def test_one_variable_length_call_gives_log_probs_and_gradients_of_segments(flas
     for parameter, slope in slopes.items():
         scale = max(float(slope.abs().max()), 1)
         torch.testing.assert_close(gradients[parameter], slope, rtol=0, atol=2e-5 * scale, msg=parameter)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "computed_again"])
+@pytest.mark.parametrize("name", FLASH)
+def test_whole_products_give_log_probs_and_gradients_of_segments(monkeypatch, name, kept):
+    monkeypatch.setattr("prefopt.attention.products.BLOCK", 4)  # else no segment here has two blocks
+    monkeypatch.setattr("prefopt.attention.products.KEPT_KEYS", 10 if kept else 0)
+    model = tiny_model(name)
+    expected, slopes = scores_and_gradients(model, "sdpa")
+    found, gradients = scores_and_gradients(model, "products")
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+    for parameter, slope in slopes.items():
+        scale = max(float(slope.abs().max()), 1)
+        torch.testing.assert_close(gradients[parameter], slope, rtol=0, atol=2e-5 * scale, msg=parameter)
+
+
+@pytest.mark.parametrize("window", [None, 3, 6, 100])
+@pytest.mark.parametrize("only_read", [False, True])
+def test_products_attend_as_plain_softmax_does(monkeypatch, window, only_read):
+    monkeypatch.setattr("prefopt.attention.products.BLOCK", 4)
+    monkeypatch.setattr("prefopt.attention.products.KEPT_KEYS", 9)  # of some blocks the probabilities stay
+    batch = make_batch(GROUPS)
+    plan = AttentionPlan(batch.trees, CPU)
+    given = [torch.randn(1, batch.tokens, heads, 8, dtype=torch.float64) for heads in (4, 2, 2)]
+    query, key, value = (each.transpose(1, 2).requires_grad_() for each in given)
+    seen = plan.block_mask(window).mask_mod(
+        None, None, *torch.meshgrid(*[torch.arange(batch.tokens)] * 2, indexing="ij")
+    )
+    scores = (query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.3).masked_fill(~seen, -torch.inf)
+    expected = (scores.softmax(-1) @ value.repeat_interleave(2, 1)).transpose(1, 2)
+    found = product_attention(plan, query, key, value, scaling=0.3, window=window, only_read=only_read)
+    read = torch.zeros(batch.tokens, dtype=torch.bool)
+    read[plan.read_rows] = True
+    weights = torch.randn_like(expected) * (read if only_read else torch.ones_like(read))[None, :, None, None]
+    if only_read:
+        assert not bool(found[0, ~read].any())
+        torch.testing.assert_close(found[0, read], expected[0, read])
+    else:
+        torch.testing.assert_close(found, expected)
+    slopes = torch.autograd.grad((expected * weights).sum(), (query, key, value))
+    for slope, gradient in zip(slopes, torch.autograd.grad((found * weights).sum(), (query, key, value)), strict=True):
+        torch.testing.assert_close(gradient, slope)
+
+
+def test_products_keep_probabilities_up_to_a_number_of_keys_and_nothing_without_gradients(monkeypatch):
+    plan = AttentionPlan(make_batch([group(300, [100, 50])]).trees, CPU)
+    query = torch.randn(1, 2, plan.tokens, 4, requires_grad=True)
+
+    def kept(limit: int) -> int:
+        monkeypatch.setattr("prefopt.attention.products.KEPT_KEYS", limit)
+        output = product_attention(plan, query, query.detach(), query.detach(), scaling=None, window=None)
+        return sum(each.numel() for each in output.grad_fn.saved_tensors if each.ndim == 3)
+
+    whole = sum(2 * rows * (min(begin + 96, 399) if size == 399 else 300 + size)
+                for size in (399, 49) for begin in range(0, size, 96) for rows in [min(96, size - begin)])  # fmt: skip
+    assert kept(10**6) == whole
+    assert kept(288) == 2 * 96 * (96 + 192 + 288)
+    assert kept(0) == 0
+    with torch.no_grad():
+        assert product_attention(plan, query, query, query, scaling=None, window=None).grad_fn is None
+
+
+def test_what_products_cannot_do_goes_segment_by_segment(monkeypatch):
+    batch = make_batch(GROUPS)
+
+    def never(*given, **named):
+        raise AssertionError
+
+    monkeypatch.setattr("prefopt.attention.registered.product_attention", never)
+    plan = AttentionPlan(batch.trees, CPU, backend="products")
+    query = torch.randn(1, 2, batch.tokens, 4)
+    for given, named in ((query.bfloat16(), {}), (query, {"dropout": 0.5}), (query, {"softcap": 3.0})):
+        output, _ = tree_attention(torch.nn.Identity(), given, given, given, None, prefopt_plan=plan, **named)
+        assert output.shape == (1, batch.tokens, 2, 4)
+    with pytest.raises(AssertionError):
+        tree_attention(torch.nn.Identity(), query, query, query, None, prefopt_plan=plan)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -153,10 +230,23 @@ def test_a_right_back_end_is_taken(flash, monkeypatch):
     assert choose_layout(scorer, GROUPS[0]).backend == scorer.backend == "varlen"
 
 
-def test_a_cpu_has_one_back_end_and_says_why_it_has_no_other():
-    able, reasons = backends(tiny_model("llama"), torch.bfloat16)
-    assert able == ["sdpa"]
-    assert set(reasons) == {"varlen", "flex"}
+@pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [
+        ("llama", torch.float32, ["products", "sdpa"]),
+        ("mistral", torch.float32, ["products", "sdpa"]),
+        ("llama", torch.bfloat16, ["sdpa"]),
+        ("gemma2", torch.float32, ["sdpa"]),
+        ("gpt_oss", torch.float32, ["sdpa"]),
+    ],
+)
+def test_a_cpu_tries_what_the_model_can_use_and_says_why_nothing_else(name, dtype, expected):
+    able, reasons = backends(tiny_model(name), dtype)
+    assert able == expected
+    assert set(reasons) == {"varlen", "flex", "products"} - set(able)
+
+
+def test_a_back_end_that_is_asked_for_and_cannot_be_had_is_refused():
     with pytest.raises(ModelError, match=r"model\.attention_backend"):
         choose_layout(Scorer(tiny_model("llama")), GROUPS[0], backend="varlen")
 

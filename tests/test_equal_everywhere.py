@@ -306,7 +306,7 @@ def test_a_run_says_that_it_falls_back_and_why(tmp_path, name):
 
 
 def test_a_run_says_that_it_shares(tmp_path):
-    assert "layout shared by sdpa (agrees with the model's plain logits" in screen_of(tmp_path, "llama")
+    assert "layout shared by products (agrees with the model's plain logits" in screen_of(tmp_path, "llama")
 
 
 KEYS_WITH_BIAS = ("gpt2", "gpt_neox", "opt")

@@ -89,7 +89,7 @@ def test_an_adapters_scaling_is_part_of_the_references_identity(tmp_path):
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     changes = {
         "loss": {"name": "gpo_exponential", "beta": 0.1},
-        "train": {"learning_rate": 1e6},
+        "train": {"learning_rate": 1e15},
         "tracking": {"every": 5},
         "checkpoint": {"every": 1},
     }

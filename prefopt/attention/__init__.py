@@ -1,6 +1,7 @@
 """Attention over prompt trees: one function registered with transformers, with a back end per device.
 
-    sdpa      one call of torch's scaled dot product per segment: CPUs, and what every other back end falls back to
+    sdpa      one call of torch's scaled dot product per segment: everywhere, and what all others fall back to
+    products  whole matrix products per block of queries: CPUs in fp32, without soft-caps and sinks
     varlen    keys and values gathered, then one variable-length flash call for the whole row: accelerators, 16 bit
     flex      FlexAttention over the whole row with a block mask: accelerators, where flash lacks soft-caps or sinks
 
@@ -8,6 +9,6 @@
 """
 
 from prefopt.attention.plan import AttentionPlan, Backend
-from prefopt.attention.registered import ARGUMENT, NAME, attention, tree_attention
+from prefopt.attention.registered import ARGUMENT, NAME, ONLY_READ, attention, tree_attention
 
-__all__ = ["ARGUMENT", "NAME", "AttentionPlan", "Backend", "attention", "tree_attention"]
+__all__ = ["ARGUMENT", "NAME", "ONLY_READ", "AttentionPlan", "Backend", "attention", "tree_attention"]

@@ -22,9 +22,13 @@ def backends(
         wanted: ``auto``, or the one back end to take.
     """
     device, config = model.device, model.config.get_text_config()
-    refused = {"varlen": _not_varlen(config, device, dtype), "flex": _not_flex(device)}
+    refused = {
+        "varlen": _not_varlen(config, device, dtype),
+        "flex": _not_flex(device),
+        "products": _not_products(config, device, dtype),
+    }
     reasons = {name: reason for name, reason in refused.items() if reason}
-    order: list[Backend] = ["varlen", "flex", "sdpa"]
+    order: list[Backend] = ["varlen", "flex", "products", "sdpa"]
     able = [name for name in order if name not in reasons]
     return (able if wanted == "auto" else [name for name in able if name == wanted]), reasons
 
@@ -50,3 +54,13 @@ def _not_varlen(config: Any, device: torch.device, dtype: torch.dtype) -> str:
 
 def _not_flex(device: torch.device) -> str:
     return "" if device.type == "cuda" else "it has no gradient on a CPU"
+
+
+def _not_products(config: Any, device: torch.device, dtype: torch.dtype) -> str:
+    if device.type != "cpu":
+        return "it is made for CPUs"
+    if dtype != torch.float32:
+        return f"it is made for fp32, and {str(dtype).removeprefix('torch.')} is asked for"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "it has no soft-cap on the scores"
+    return "it has no attention sinks" if config.model_type == "gpt_oss" else ""

@@ -7,8 +7,10 @@ last key is its own row. A sliding window counts positions, which restart after 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -16,7 +18,24 @@ from torch import Tensor
 
 from prefopt.batching import Tree
 
-Backend = Literal["sdpa", "varlen", "flex"]
+Backend = Literal["sdpa", "products", "varlen", "flex"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Queries of a row that see the same keys, as far as causality lets them."""
+
+    rows: slice
+    """Its queries, which are its last keys too."""
+    prompt: slice | None
+    """Its first keys, where they stand elsewhere: the prompt of a further completion."""
+    unread: int
+    """Queries at its front that predict no completion's token: a prompt's, but for the last one."""
+
+    @property
+    def keys(self) -> tuple[slice, ...]:
+        """The rows of its keys, piece by piece."""
+        return (self.rows,) if self.prompt is None else (self.prompt, self.rows)
 
 
 @dataclass(frozen=True)
@@ -33,14 +52,22 @@ class GatheredSegments:
     most_keys: int
 
 
+def segments_of(tree: Tree) -> Iterator[Segment]:
+    """Yield the prompt with its first completion, then each further completion that computes anything."""
+    (begin, count), *others = tree.branches
+    yield Segment(slice(tree.start, begin + count), None, max(0, tree.prompt - 1))
+    prompt = slice(tree.start, tree.start + tree.prompt) if tree.prompt else None
+    for begin, count in others:
+        if count:
+            yield Segment(slice(begin, begin + count), prompt, 0)
+
+
 class AttentionPlan:
     """Segments and masks of one batch.
 
     Attributes:
         backend: what computes it.
-        sizes: rows of each segment; one after another they are the whole row.
-        shared: per segment (number of the segment that begins with its prompt, prompt length). The keys are the
-            prompt (unless its length is 0: the segment then begins with it) followed by the segment's own rows.
+        segments: one after another they are the whole row; a prompt's own one comes before those that begin with it.
         calls: how often a layer asked for attention; the start-up guard compares it with the layers.
     """
 
@@ -49,13 +76,8 @@ class AttentionPlan:
         self.backend: Backend = backend
         self.calls = 0
         self.trees = trees
-        self.sizes: list[int] = []
-        self.shared: list[tuple[int, int]] = []
-        for tree in trees:
-            (begin, count), *others = tree.branches
-            root = len(self.sizes)
-            self.sizes += [begin + count - tree.start, *(count for _, count in others if count)]
-            self.shared += [(root, 0), *((root, tree.prompt) for _, count in others if count)]
+        self.segments = [segment for tree in trees for segment in segments_of(tree)]
+        self.sizes = [segment.rows.stop - segment.rows.start for segment in self.segments]
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
         self._added: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
         self._block_masks: dict[int | None, Any] = {}
@@ -99,14 +121,9 @@ class AttentionPlan:
     @cached_property
     def gathered(self) -> GatheredSegments:
         """The segments for one variable-length call, on the device; made on the host and moved without waiting."""
-        starts = [0]
-        for size in self.sizes:
-            starts.append(starts[-1] + size)
-        rows, counts = [], []
-        for number, (root, prompt) in enumerate(self.shared):
-            rows.append(torch.arange(starts[root], starts[root] + prompt))
-            rows.append(torch.arange(starts[number], starts[number + 1]))
-            counts.append(prompt + self.sizes[number])
+        rows = [torch.arange(part.start, part.stop) for segment in self.segments for part in segment.keys]
+        counts = [sum(part.stop - part.start for part in segment.keys) for segment in self.segments]
+        starts = [0, *accumulate(self.sizes)]
         key_starts = torch.tensor([0, *counts]).cumsum(0)
         return GatheredSegments(
             keys=self._moved(torch.cat(rows)),

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from prefopt.attention.flex import block_attention
 from prefopt.attention.plan import AttentionPlan
+from prefopt.attention.products import product_attention
 from prefopt.attention.sdpa import segment_attention
 from prefopt.attention.varlen import DTYPES, gathered_attention
 
@@ -19,6 +21,9 @@ NAME = "prefopt_tree"
 
 ARGUMENT = "prefopt_plan"
 """The keyword under which a plan travels through the model to every attention call."""
+
+ONLY_READ = "prefopt_only_read"
+"""The keyword that says of a call that no completion's log-prob depends on what it gives for the rest of a prompt."""
 
 
 def tree_attention(
@@ -45,7 +50,8 @@ def tree_attention(
         scaling: factor on the scores; None is 1 / sqrt(head_dim).
         sliding_window: positions a query sees, itself included; None for full attention.
         softcap: Gemma 2's cap on the scores.
-        **kwargs: the plan under `ARGUMENT`; gpt-oss' attention sinks under ``s_aux``.
+        **kwargs: the plan under `ARGUMENT`; gpt-oss' attention sinks under ``s_aux``; under `ONLY_READ` whether rows
+            that predict no completion's token may be anything.
 
     Returns:
         ((1, tokens, heads, value_dim), None), what transformers expects of an attention function.
@@ -61,6 +67,12 @@ def tree_attention(
     if plan.backend == "flex" and not dropout:
         output = block_attention(
             plan, query, key, value, scaling=scaling, window=sliding_window, softcap=softcap, sinks=sinks
+        )
+        return output, None
+    plain = softcap is None and sinks is None and not dropout
+    if plan.backend == "products" and plain and query.dtype == torch.float32 and not torch.compiler.is_compiling():
+        output = product_attention(
+            plan, query, key, value, scaling=scaling, window=sliding_window, only_read=kwargs.get(ONLY_READ, False)
         )
         return output, None
     output = segment_attention(

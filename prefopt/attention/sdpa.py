@@ -25,12 +25,13 @@ def segment_attention(
     parts = []
     # Split, not sliced: the gradient of a slice is a whole row of zeros, for each segment and layer.
     pieces = zip(*(tensor.split(plan.sizes, dim=2) for tensor in (query, key, value)))
-    roots: list[tuple[Tensor, Tensor]] = []
-    for (queries, keys, values), (root, shared) in zip(pieces, plan.shared):
-        roots.append((keys, values))
-        if shared:
+    for (queries, keys, values), segment in zip(pieces, plan.segments):
+        if segment.prompt is None:
+            root = (keys, values)
+        else:
+            shared = segment.prompt.stop - segment.prompt.start
             keys, values = (
-                torch.cat((first[:, :, :shared], own), dim=2) for first, own in zip(roots[root], (keys, values))
+                torch.cat((first[:, :, :shared], own), dim=2) for first, own in zip(root, (keys, values), strict=True)
             )
         length = keys.shape[2]
         within = window if window is not None and window < length else None
@@ -38,7 +39,7 @@ def segment_attention(
             mask = plan.mask(queries.shape[2], length, within)
             parts.append(_plain_attention(queries, keys, values, mask, dropout, scaling, softcap, sinks))
             continue
-        causal = within is None and not shared
+        causal = within is None and segment.prompt is None
         parts.append(
             F.scaled_dot_product_attention(
                 queries,

@@ -46,9 +46,10 @@ class ModelRecipe(Section):
     """Quantize the base weights: a format, or a mapping. Needs an `adapter`: quantized weights cannot be trained."""
     attention: Literal["auto", "shared", "unshared"] = "auto"
     """`shared` encodes a prompt once for all its completions; `unshared` uses one row per completion."""
-    attention_backend: Literal["auto", "sdpa", "varlen", "flex"] = "auto"
+    attention_backend: Literal["auto", "sdpa", "products", "varlen", "flex"] = "auto"
     """What computes the attention of shared prompts; `auto`: on an accelerator one variable-length flash call, else
-    FlexAttention, else as on a CPU SDPA prompt by prompt, the first that agrees with the model's plain logits."""
+    FlexAttention; on a CPU in fp32 whole matrix products; else SDPA prompt by prompt. The first that agrees with the
+    model's plain logits."""
     kernels: bool = False
     """Take norms and activations from the hub's kernels (package `kernels`); needs an accelerator."""
 

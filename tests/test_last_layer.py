@@ -1,4 +1,4 @@
-"""The last layer's MLP computes what is read and nothing else, and nobody can tell from the numbers."""
+"""The last layer computes what is read and nothing else, and nobody can tell from the numbers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import nn
 from prefopt.activations import decoder_layers
 from prefopt.adapters import add_lora
 from prefopt.attention import AttentionPlan
+from prefopt.attention.products import product_attention
 from prefopt.batching import RaggedBatch, make_batch
 from prefopt.forward import Scorer, autocast
-from prefopt.last_mlp import parts_that_multiply
+from prefopt.last_layer import parts_that_multiply
 from prefopt.layout import LayoutChoice
 from prefopt.models import switch_off_dropout
 from prefopt.policy import Policy
@@ -29,7 +30,7 @@ WHOLE = ("opt",)
 
 def whole(model) -> Scorer:
     scorer = Scorer(model)
-    scorer.last_mlp.compute_whole()
+    scorer.last_layer.compute_whole()
     return scorer
 
 
@@ -80,6 +81,28 @@ def test_every_family_multiplies_what_is_read_and_has_the_numbers_of_the_whole_r
     rows = rows_seen(scorer, lambda: found.append(numbers(scorer)))
     assert rows == ([BATCH.tokens] * 2 if family in WHOLE else [READ])
     assert_same(found[0], numbers(whole(tiny_model(family))))
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("family", sorted(set(ARCHITECTURES) - {"gemma2", "gpt_oss", *WHOLE}))
+def test_whole_products_leave_the_attention_of_what_nobody_reads_out(family, recomputed, monkeypatch):
+    asked = []
+
+    def noted(*given, only_read, **named):
+        asked.append(only_read)
+        return product_attention(*given, only_read=only_read, **named)
+
+    monkeypatch.setattr("prefopt.attention.registered.product_attention", noted)
+    scorer = Scorer(tiny_model(family)).train()
+    switch_off_dropout(scorer.language_model)
+    scorer.set_layout("shared", "products")
+    if recomputed:
+        scorer.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = numbers(scorer)
+    attending = [False] * (scorer.attention_calls - 1) + [True]
+    assert asked[: len(attending)] == attending
+    assert asked[len(attending) :] == (attending[::-1] if recomputed else [])
+    assert_same(found, numbers(whole(tiny_model(family))))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])

@@ -1,8 +1,9 @@
-"""The last decoder layer's MLP, over the positions that are read.
+"""The last decoder layer, over the positions that are read.
 
 After the last attention no position sees another, and log-probs read only the positions that predict a completion's
-token: what the MLP there makes of a prompt is thrown away, forward and backward. So the positions that are read are
-gathered before it and put back among zeros after it, and the norms and sums around it still find a whole row.
+token: what the MLP there makes of a prompt is thrown away, forward and backward, and so is what the attention finds
+for it. So the attention is told that it may leave the rest of a prompt out, and the positions that are read are
+gathered before the MLP and put back among zeros after it; the norms and sums around it still find a whole row.
 Log-probs and gradients are those of the whole row.
 
 Saved is the MLP's part of one layer for every prompt: with prompts of 256 tokens and completions of 128, by arithmetic
@@ -16,10 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from prefopt.activations import decoder_layers
-from prefopt.attention import ARGUMENT, AttentionPlan
+from prefopt.attention import ARGUMENT, ONLY_READ, AttentionPlan
 
 
-class LastMLP:
+class LastLayer:
     """Hooks on the last layer's attention, which is given the plan of a row, and on the MLP after it.
 
     Rows without a plan are computed whole; so are models of which it is not plain what comes last: whose longest stack
@@ -45,9 +46,12 @@ class LastMLP:
         for hook in self._hooks:
             hook.remove()
 
-    def _note_plan(self, attention: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def _note_plan(
+        self, attention: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         plan = named.get(ARGUMENT)
         self._plan = plan if plan is not None and len(plan.read_rows) < plan.tokens else None
+        return None if self._plan is None else (given, {**named, ONLY_READ: True})
 
     def _gather(
         self, mlp: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
