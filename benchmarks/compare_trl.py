@@ -38,7 +38,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cost_model import TOOLS, Pair, operations
+from cost_model import TOOLS, Pair, operations, seconds_a_step
 from speed_tables import growth, largest_difference, sharing, table
 from speed_workloads import (
     BATCH,
@@ -162,11 +162,7 @@ def measure(
             }  # fmt: skip
             for figures in run(job, folder / "figures.json"):
                 figures["operations"] = operations(
-                    figures["tool"],
-                    workload.shape,
-                    counted,
-                    batch=BATCH,
-                    lora=workload.lora,
+                    figures["tool"], workload.shape, counted, batch=BATCH, lora=workload.lora,
                     checkpointing=arguments.trl_checkpointing, precision=precision,
                 )  # fmt: skip
                 own.append(figures)
@@ -176,8 +172,7 @@ def measure(
         show(growth(own[0]))
         return
     show(table(name, precision, own))
-    show([f"\nRows padded to the longest of a batch: {waste(counted)[0]:.2f} times the tokens (all such pairs: "
-          f"{usual:.2f})."])  # fmt: skip
+    show([typical(counted, usual)])
     if "prefopt-unshared" in tools:
         show([sharing(own)])
     if name == "alpaca":
@@ -186,10 +181,19 @@ def measure(
         show(count_tokens(arguments.data, folder, max_length))
 
 
+def typical(counted: list[Pair], usual: tuple[float, float]) -> str:
+    """Say how the counted pairs compare with all."""
+    (padding, sharing), (all_padding, all_sharing) = waste(counted), usual
+    return (
+        f"\nThe counted pairs (all such pairs): rows padded to the longest of a batch have {padding:.2f} "
+        f"({all_padding:.2f}) times the tokens, with every prompt twice {sharing:.2f} ({all_sharing:.2f}) times."
+    )
+
+
 def prepare(
     folder: Path, name: str, workload: Workload, count: int, uncounted: int, data: Path | None, max_length: int
-) -> tuple[float, list[Pair]]:
-    """Write the model and the pairs; returns the padding of all such pairs and these pairs' lengths."""
+) -> tuple[tuple[float, float], list[Pair]]:
+    """Write the model and the pairs; returns the `waste` of all such pairs and these pairs' lengths."""
     file = folder / "pairs.jsonl"
     if name == "alpaca" and data is not None:
         rows = read_real_pairs(data)
@@ -215,7 +219,9 @@ def run(job: Figures, out: Path) -> list[Figures]:
         raise SystemExit(f"{job['tool']} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
     figures: list[Figures] = json.loads(out.read_text())
     for one in figures:
-        said = f"run {one['run'] + 1} {one['workload']} {one['precision']} {one['tool']}: {one['step_s']:.3f} s/step"
+        said = (
+            f"run {one['run'] + 1} {one['workload']} {one['precision']} {one['tool']}: {seconds_a_step(one):.3f} s/step"
+        )
         print(f"  {said}", file=sys.stderr, flush=True)
     return figures
 

@@ -138,9 +138,14 @@ def matmul_rate(dtype: torch.dtype, *, seconds: float = 0.3) -> float:
     return best
 
 
+def seconds_a_step(run: dict[str, Any]) -> float:
+    """Mean of a run's timed steps, which differ in length."""
+    return statistics.mean(run["steps_s"])
+
+
 def efficiency(run: dict[str, Any]) -> float:
     """Share of the rate measured before and after that the timed steps of a run reached."""
-    return float(run["operations"] / statistics.mean(run["steps_s"]) / statistics.mean(run["matmul_rate"]))
+    return float(run["operations"] / seconds_a_step(run) / statistics.mean(run["matmul_rate"]))
 
 
 def paired_ratios(
@@ -153,7 +158,7 @@ def paired_ratios(
     """
 
     def cost(run: dict[str, Any]) -> float:
-        return run["step_s"] * (statistics.mean(run["matmul_rate"]) if at_equal_rate else 1.0)
+        return seconds_a_step(run) * (statistics.mean(run["matmul_rate"]) if at_equal_rate else 1.0)
 
     costs = {name: {run["run"]: cost(run) for run in runs if run["tool"] == name} for name in (tool, ours)}
     return [costs[tool][number] / own for number, own in sorted(costs[ours].items()) if number in costs[tool]]
@@ -172,12 +177,13 @@ def main() -> None:
     runs = [run for run in runs if run["workload"] == arguments.workload]
     tools = list(dict.fromkeys(run["tool"] for run in runs)) or TOOLS
     pairs = random_lengths(workload, arguments.pairs)
-    predicted = {tool: operations(tool, workload.shape, pairs, batch=BATCH, lora=workload.lora) for tool in tools}
-    predicted |= {run["tool"]: run["operations"] for run in runs}
     print("| precision | tool | GFLOP per step | predicted x prefopt | measured x prefopt | eff |")
     print("|---|---|---|---|---|---|")
-    for precision in sorted({run["precision"] for run in runs}) or [""]:
+    for precision in sorted({run["precision"] for run in runs}) or ["fp32"]:
         own = [run for run in runs if run["precision"] == precision]
+        predicted = {run["tool"]: run["operations"] for run in own} or {
+            tool: operations(tool, workload.shape, pairs, batch=BATCH, lora=workload.lora) for tool in tools
+        }
         for tool in tools:
             measured = paired_ratios(own, tool)
             eff = [efficiency(run) for run in own if run["tool"] == tool]

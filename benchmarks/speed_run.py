@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -73,7 +72,7 @@ class Clock:
         """Everything that was noted."""
         steps = self.times[self.warmup :]
         return {
-            "steps_s": steps, "step_s": statistics.mean(steps), "first_step_s": self.times[0],
+            "steps_s": steps, "first_step_s": self.times[0],
             "losses": self.losses, "scored": self.scored[self.warmup : self.total], "matmul_rate": self.rates,
             "peak_bytes": self.peak, "floor_bytes": self.floor, "resident_bytes": self.resident,
             "reference_s": self.reference_s, "load": os.getloadavg()[0],

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from cost_model import efficiency, paired_ratios
+from cost_model import efficiency, paired_ratios, seconds_a_step
 
 Figures = dict[str, Any]
 HEADER = (
@@ -24,7 +24,7 @@ def table(name: str, precision: str, runs: Sequence[Figures]) -> list[str]:
     operations = {run["tool"]: run["operations"] for run in runs}
     for tool in tools:
         own = [run for run in runs if run["tool"] == tool]
-        times = [run["step_s"] for run in own]
+        times = [seconds_a_step(run) for run in own]
         ratios = paired_ratios(runs, tool, tools[0])
         low, high = min(ratios), max(ratios)
         equal = statistics.median(paired_ratios(runs, tool, tools[0], at_equal_rate=True))
@@ -60,7 +60,9 @@ def used_once(runs: Sequence[Figures], tools: Sequence[str]) -> list[str]:
     if online is None:
         return []
     charged = [
-        {**run, "step_s": run["step_s"] + run["reference_s"] / run["steps"]} if run["tool"] == tools[0] else run
+        {**run, "steps_s": [step + run["reference_s"] / run["steps"] for step in run["steps_s"]]}
+        if run["tool"] == tools[0]
+        else run
         for run in runs
     ]
     ratios = paired_ratios(charged, online, tools[0])

@@ -9,7 +9,8 @@ bytes of the compute dtype:
     attention       w (3 d + 4 k): queries, keys, values, the output of every segment and all of them joined; keys and
                     values of a prompt once more for its further completions
     scores          only where they are held (soft-caps and sinks, off the fused kernels): 2 copies in fp32, one in w
-    products        (the attention back end) w (2 d + 2 k), and 4 bytes for each key that a query sees, per head
+    products        (the attention back end) w (2 d + 2 k), 3 of each where one matrix makes queries, keys and values;
+                    and 4 bytes per head for each probability that stays
     MLP             4 w m with a gate (gate, its activation, the other branch, their product); 5 w m without; 6 w m with
                     experts, which autocast leaves in fp32
     adapter         nothing more, but where it is fp32 on 16-bit layers: an fp32 copy of what every adapted layer reads
@@ -28,11 +29,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prefopt.attention import Backend
-from prefopt.attention.products import BLOCK, KEPT_KEYS
-
 SHARED_INPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 """Linear layers that read one norm's output together: under autocast each keeps its own cast of it."""
+FUSED_INPUTS = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
+"""Linear layers that make queries, keys and values at once."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class DecoderShape:
     scores: bool = False
     """Whether attention scores are held: by soft-caps and sinks, which the fused kernels do not know."""
     experts: bool = False
+    fused: bool = False
+    """Whether queries, keys and values are views of one tensor, which stays as long as one of them."""
     adapted: int = 0
     """Inputs of one layer's linear layers that have an fp32 adapter, together."""
 
@@ -86,6 +88,7 @@ def shape_of(model: nn.Module) -> DecoderShape:
         heads=heads,
         scores=sinks or getattr(config, "attn_logit_softcapping", None) is not None,
         experts=bool(getattr(config, "num_experts_per_tok", None)),
+        fused=any(name in FUSED_INPUTS for name in names),
         adapted=sum(
             p.shape[1] for name, p in layer.named_parameters() if ".lora_A." in name and p.dtype == torch.float32
         ),
@@ -102,14 +105,16 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return max(stacks.values(), key=len, default=[])
 
 
-def layer_bytes(shape: DecoderShape, precision: str, *, context: float = 0.0, backend: Backend = "sdpa") -> float:
+def layer_bytes(
+    shape: DecoderShape, precision: str, *, context: float = 0.0, probabilities: float | None = None
+) -> float:
     """Bytes that one layer keeps of one token.
 
     Args:
         shape: the decoder's.
         precision: as in `train.precision`.
-        context: tokens of a token's row, for scores and probabilities that are held.
-        backend: what computes the attention.
+        context: tokens of a token's row, on average, for scores that are held.
+        probabilities: with `prefopt.attention.products`, those of a head that stay, per token; None with another.
     """
     wide = 4 if precision == "fp32" else 2
     norm = {"fp32": 12, "bf16": 8, "bf16-pure": 8}[precision]
@@ -117,9 +122,9 @@ def layer_bytes(shape: DecoderShape, precision: str, *, context: float = 0.0, ba
     casts = 2 * shape.readers * shape.hidden if precision == "bf16" else 0
     attention = wide * (3 * shape.queries + 4 * shape.keys)
     scores = (8 + wide * (wide == 2)) * shape.heads * context if shape.scores else 0.0
-    if backend == "products":
-        attention = wide * (2 * shape.queries + 2 * shape.keys)
-        scores = 4 * shape.heads * (min(context, KEPT_KEYS) + BLOCK) / 2
+    if probabilities is not None:
+        attention = wide * (2 + shape.fused) * (shape.queries + shape.keys)
+        scores = 4 * shape.heads * probabilities
     mlp = wide * shape.inner * (4 if shape.gated else 5)
     if shape.experts:
         mlp = (2 if precision == "bf16-pure" else 4) * 6 * shape.inner
@@ -128,13 +133,18 @@ def layer_bytes(shape: DecoderShape, precision: str, *, context: float = 0.0, ba
 
 
 def activation_bytes(
-    shape: DecoderShape, precision: str, *, recomputed: bool, context: float = 0.0, backend: Backend = "sdpa"
+    shape: DecoderShape,
+    precision: str,
+    *,
+    recomputed: bool,
+    context: float = 0.0,
+    probabilities: float | None = None,
 ) -> float:
     """Bytes of activations per computed token: what the whole decoder keeps.
 
     Recomputed activations are one hidden state per layer, and one layer's full ones while it is differentiated.
     """
-    layer = layer_bytes(shape, precision, context=context, backend=backend)
+    layer = layer_bytes(shape, precision, context=context, probabilities=probabilities)
     state = shape.hidden * (2 if precision == "bf16-pure" else 4)
     around = 3 * 4 * shape.hidden + state  # the last norm and the embedding
     return around + (shape.layers * state + layer if recomputed else shape.layers * layer)

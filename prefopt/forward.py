@@ -83,7 +83,7 @@ class ReferenceLogps(Protocol):
 class Scorer(nn.Module):
     """A causal language model as a function from a batch to completion log-probs.
 
-    It hooks the model's last layer, whose MLP computes what is read of a row of shared prompts (`prefopt.last_layer`).
+    It hooks the model's last layer, which computes what is read of a row of shared prompts (`prefopt.last_layer`).
     """
 
     def __init__(self, model: nn.Module, *, layout: Layout = "shared") -> None:

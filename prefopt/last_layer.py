@@ -6,8 +6,8 @@ for it. So the attention is told that it may leave the rest of a prompt out, and
 gathered before the MLP and put back among zeros after it; the norms and sums around it still find a whole row.
 Log-probs and gradients are those of the whole row.
 
-Saved is the MLP's part of one layer for every prompt: with prompts of 256 tokens and completions of 128, by arithmetic
-3 % of the operations of a model of 8 layers, 1 % of one of 32.
+Saved is, of one layer, what every prompt takes of the MLP and, in `prefopt.attention.products`, of the attention: with
+prompts of 256 tokens and completions of 128, by arithmetic 3 % and 0.4 % of the operations of a model of 8 layers.
 """
 
 from __future__ import annotations

@@ -22,8 +22,9 @@ from prefopt.forward import TOLERANCE, Layout, Scorer, autocast, compute_dtype, 
 from prefopt.recipe import Recipe
 from prefopt_losses.logps import token_logps_from_logits
 
-PROBE_TOKENS = 64
-"""A group for the start-up comparison has at least so many tokens where there is one: enough to show a mistake."""
+PROBE_TOKENS = 200
+"""A group for the start-up comparison has at least so many tokens where there is one: enough to show a mistake, and two
+blocks of queries (`prefopt.attention.products`)."""
 
 
 @torch.no_grad()

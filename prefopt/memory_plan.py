@@ -9,6 +9,7 @@ micro-batch would not fit otherwise, for it costs a third of a full step's time 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from prefopt.activations import activation_bytes, decoder_layers, shape_of
 from prefopt.attention import Backend
+from prefopt.attention.products import kept_probabilities
 from prefopt.kept_gradients import kept_layers
 from prefopt.memory import KEPT_BLOCK
 from prefopt.models import ModelSource, load_config
@@ -84,7 +86,9 @@ class Rows:
     step: int
     """Of a whole optimizer step, by the largest of the first ones."""
     context: float = 0.0
-    """Tokens that a token attends to, on average."""
+    """Tokens of a token's row, on average."""
+    probabilities: float = 0.0
+    """Of a head, that stay per token where `prefopt.attention.products` computes the attention."""
     unshared: float = 1.0
     """How many times as many tokens one padded row per completion has."""
 
@@ -106,14 +110,24 @@ def rows_of(planner: StepPlanner, total: int) -> Rows:
     dataset = planner.dataset
     steps = [planner.step(number) for number in range(min(total, LOOK_AT))]
     first = [part.group for micro in steps[0].micro_batches for part in micro]
-    rows = [int(dataset.prompt_lengths[group]) + dataset.completion_lengths(group) for group in first]
-    lengths = torch.tensor([int(length) for group in rows for length in group], dtype=torch.float64)
+    trees = [(int(dataset.prompt_lengths[group]), list(map(int, dataset.completion_lengths(group)))) for group in first]
+    lengths = torch.tensor([prompt + own for prompt, completions in trees for own in completions], dtype=torch.float64)
     return Rows(
         longest=longest_unit(dataset, rejected=planner.rejected, gold=planner.gold, unit=planner.unit),
         step=max(step.computed_tokens for step in steps),
         context=float((lengths**2).sum() / lengths.sum()),
+        probabilities=probabilities_kept(trees),
         unshared=max(1.0, float(lengths.max() * len(lengths)) / max(steps[0].computed_tokens, 1)),
     )
+
+
+def probabilities_kept(trees: Sequence[tuple[int, list[int]]]) -> float:
+    """Probabilities that products keep per token of these prompts with their completions, given by their lengths."""
+    kept = tokens = 0
+    for prompt, (own, *others) in trees:
+        kept += kept_probabilities(0, prompt + own) + sum(kept_probabilities(prompt, other) for other in others)
+        tokens += prompt + own + sum(others)
+    return kept / max(tokens, 1)
 
 
 def demand_of(
@@ -150,7 +164,14 @@ def demand_of(
     moments["paged_adamw_8bit"] = moments["adamw_8bit"] if device == "cpu" else 0
     precision, shape, times = recipe.train.precision, shape_of(base), 1.0 if shared else rows.unshared
     held, again = (
-        times * activation_bytes(shape, precision, recomputed=recomputed, context=rows.context, backend=backend)
+        times
+        * activation_bytes(
+            shape,
+            precision,
+            recomputed=recomputed,
+            context=rows.context,
+            probabilities=rows.probabilities if backend == "products" else None,
+        )
         for recomputed in (False, True)
     )
     return Demand(

@@ -10,6 +10,7 @@ from prefopt.activations import DecoderShape, activation_bytes, decoder_layers, 
 from prefopt.adapters import add_lora
 from prefopt.batching import make_batch
 from prefopt.forward import Scorer, autocast
+from prefopt.memory_plan import probabilities_kept
 from prefopt.models import switch_off_dropout
 
 PROMPT, COMPLETIONS = 20, (12, 15)
@@ -66,16 +67,33 @@ def test_what_is_counted_is_what_autograd_keeps(name, precision, lora):
     assert 0.9 * measured < predicted < 1.4 * measured
 
 
+@pytest.mark.parametrize("limit", [512, 128])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
-def test_what_whole_products_keep_is_counted(name):
+def test_what_whole_products_keep_is_counted(name, limit, monkeypatch):
+    monkeypatch.setattr("prefopt.attention.products.KEPT_KEYS", limit)
+    lengths, completions = (100, 70), (60, 40, 30)
+    batch = make_batch([group(prompt, list(completions), seed=prompt) for prompt in lengths])
     scorer = tiny_scorer(name, "fp32")
     scorer.last_layer.compute_whole()
+    shape = shape_of(scorer.language_model)
     scorer.set_layout("shared", "products")
-    measured, shape = kept_bytes(scorer, some_batch(), "fp32"), shape_of(scorer.language_model)
-    named = {"recomputed": False, "context": context()}
-    predicted = activation_bytes(shape, "fp32", backend="products", **named)
+    measured = kept_bytes(scorer, batch, "fp32")
+    kept = probabilities_kept([(prompt, [one - 1 for one in completions]) for prompt in lengths])
+    without, predicted = (
+        activation_bytes(shape, "fp32", recomputed=False, probabilities=count) for count in (0.0, kept)
+    )
     assert 0.9 * measured < predicted < 1.4 * measured
-    assert predicted > activation_bytes(shape, "fp32", **named)
+    monkeypatch.setattr("prefopt.attention.products.KEPT_KEYS", 0)
+    assert measured - kept_bytes(scorer, batch, "fp32") == pytest.approx(predicted - without, rel=0.02)
+
+
+def test_a_tensor_of_queries_keys_and_values_stays_whole_and_a_window_keeps_less():
+    scorer = tiny_scorer("phi3", "fp32")
+    scorer.last_layer.compute_whole()
+    scorer.set_layout("shared", "products")
+    kept = probabilities_kept([(PROMPT, [one - 1 for one in COMPLETIONS])])
+    predicted = activation_bytes(shape_of(scorer.language_model), "fp32", recomputed=False, probabilities=kept)
+    assert 0.9 * kept_bytes(scorer, some_batch(), "fp32") < predicted < 1.2 * kept_bytes(scorer, some_batch(), "fp32")
 
 
 def test_the_last_mlp_keeps_less_by_the_rows_that_nobody_reads():

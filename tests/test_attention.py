@@ -12,7 +12,7 @@ from tiny import group, tiny_model
 
 from prefopt.attention import AttentionPlan
 from prefopt.attention.choice import backends
-from prefopt.attention.products import product_attention
+from prefopt.attention.products import _Products, kept_probabilities, product_attention
 from prefopt.attention.registered import tree_attention
 from prefopt.attention.varlen import gathered_attention, torch_flash
 from prefopt.batching import make_batch
@@ -102,7 +102,8 @@ def test_products_attend_as_plain_softmax_does(monkeypatch, window, only_read):
     monkeypatch.setattr("prefopt.attention.products.KEPT_KEYS", 9)  # of some blocks the probabilities stay
     batch = make_batch(GROUPS)
     plan = AttentionPlan(batch.trees, CPU)
-    given = [torch.randn(1, batch.tokens, heads, 8, dtype=torch.float64) for heads in (4, 2, 2)]
+    sizes = ((4, 8), (2, 8), (2, 6))  # heads, and numbers of each: two queries' heads share one of the keys'
+    given = [torch.randn(1, batch.tokens, heads, size, dtype=torch.float64) for heads, size in sizes]
     query, key, value = (each.transpose(1, 2).requires_grad_() for each in given)
     seen = plan.block_mask(window).mask_mod(
         None, None, *torch.meshgrid(*[torch.arange(batch.tokens)] * 2, indexing="ij")
@@ -123,22 +124,39 @@ def test_products_attend_as_plain_softmax_does(monkeypatch, window, only_read):
         torch.testing.assert_close(gradient, slope)
 
 
-def test_products_keep_probabilities_up_to_a_number_of_keys_and_nothing_without_gradients(monkeypatch):
+@pytest.fixture
+def given(monkeypatch):
+    """What the products were asked for, call by call."""
+    calls = []
+    apply = _Products.apply
+    monkeypatch.setattr(_Products, "apply", lambda *given: calls.append(given) or apply(*given))
+    return calls
+
+
+def test_products_keep_probabilities_up_to_a_number_of_keys(monkeypatch):
     plan = AttentionPlan(make_batch([group(300, [100, 50])]).trees, CPU)
     query = torch.randn(1, 2, plan.tokens, 4, requires_grad=True)
 
     def kept(limit: int) -> int:
         monkeypatch.setattr("prefopt.attention.products.KEPT_KEYS", limit)
         output = product_attention(plan, query, query.detach(), query.detach(), scaling=None, window=None)
-        return sum(each.numel() for each in output.grad_fn.saved_tensors if each.ndim == 3)
+        held = sum(each.numel() for each in output.grad_fn.saved_tensors if each.ndim == 3)
+        assert held == 2 * sum(kept_probabilities(*sizes) for sizes in ((0, 399), (300, 49)))
+        return held
 
-    whole = sum(2 * rows * (min(begin + 96, 399) if size == 399 else 300 + size)
-                for size in (399, 49) for begin in range(0, size, 96) for rows in [min(96, size - begin)])  # fmt: skip
-    assert kept(10**6) == whole
-    assert kept(288) == 2 * 96 * (96 + 192 + 288)
+    assert kept(10**6) == 2 * (96 * (96 + 192 + 288 + 384) + 15 * 399 + 49 * 349)
+    assert kept(348) == 2 * 96 * (96 + 192 + 288)
     assert kept(0) == 0
+
+
+def test_nothing_is_kept_where_nothing_is_learned(given):
+    plan = AttentionPlan(make_batch(GROUPS).trees, CPU)
+    query = torch.randn(1, 2, plan.tokens, 4, requires_grad=True)
+    product_attention(plan, query, query, query, scaling=None, window=None)
     with torch.no_grad():
-        assert product_attention(plan, query, query, query, scaling=None, window=None).grad_fn is None
+        product_attention(plan, query, query, query, scaling=None, window=None)
+    product_attention(plan, query.detach(), query.detach(), query.detach(), scaling=None, window=None)
+    assert [call[-1] for call in given] == [True, False, False]
 
 
 def test_what_products_cannot_do_goes_segment_by_segment(monkeypatch):
@@ -150,11 +168,18 @@ def test_what_products_cannot_do_goes_segment_by_segment(monkeypatch):
     monkeypatch.setattr("prefopt.attention.registered.product_attention", never)
     plan = AttentionPlan(batch.trees, CPU, backend="products")
     query = torch.randn(1, 2, batch.tokens, 4)
-    for given, named in ((query.bfloat16(), {}), (query, {"dropout": 0.5}), (query, {"softcap": 3.0})):
+    for given, named in (
+        (query.bfloat16(), {}),
+        (query, {"dropout": 0.5}),
+        (query, {"softcap": 3.0}),
+        (query, {"s_aux": torch.zeros(2)}),
+    ):
         output, _ = tree_attention(torch.nn.Identity(), given, given, given, None, prefopt_plan=plan, **named)
         assert output.shape == (1, batch.tokens, 2, 4)
     with pytest.raises(AssertionError):
         tree_attention(torch.nn.Identity(), query, query, query, None, prefopt_plan=plan)
+    monkeypatch.setattr("prefopt.attention.registered.MOST_KEYS", plan.most_keys - 1)
+    tree_attention(torch.nn.Identity(), query, query, query, None, prefopt_plan=plan)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -105,6 +105,31 @@ def test_kept_gradients_need_no_sum_of_their_own(recipe):
     assert apart.gradients == kept.gradients
 
 
+def test_whole_products_ask_for_the_probabilities_that_stay(recipe):
+    model, rows = tiny_model("llama"), replace(ROWS, probabilities=100.0)
+    plain, more, most = (
+        demand_of(recipe(), model, model, each, device="cpu", backend=backend).per_token
+        for backend, each in (("sdpa", rows), ("products", rows), ("products", replace(rows, probabilities=200.0)))
+    )
+    heads, layers = model.config.num_attention_heads, model.config.num_hidden_layers
+    assert most - more == 4 * heads * layers * 100
+    assert plain < more
+
+
+def test_a_run_plans_with_the_attention_that_its_policy_has(recipe, monkeypatch):
+    asked = []
+
+    def noted(recipe, model, base, rows, **named):
+        asked.append((rows, named))
+        return demand_of(recipe, model, base, rows, **named)
+
+    monkeypatch.setattr(run_room, "demand_of", noted)
+    run_training(recipe(max_steps=1), quiet())
+    ((rows, named),) = asked
+    assert named["backend"] == "products"
+    assert rows.probabilities > 0
+
+
 def test_a_step_that_fits_whole_is_not_recomputed_for_a_larger_budget(recipe):
     room = LORA_8B.fixed + 1000 * LORA_8B.per_token
     small = planned(recipe(), room / 0.9 + 1, rows=Rows(longest=300, step=900))

@@ -34,8 +34,13 @@ class Segment:
 
     @property
     def keys(self) -> tuple[slice, ...]:
-        """The rows of its keys, piece by piece."""
+        """The rows of its keys, piece by piece; its own ones are the last."""
         return (self.rows,) if self.prompt is None else (self.prompt, self.rows)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each piece."""
+        return [piece.stop - piece.start for piece in self.keys]
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ class AttentionPlan:
     Attributes:
         backend: what computes it.
         segments: one after another they are the whole row; a prompt's own one comes before those that begin with it.
+        sizes: queries of each segment.
+        most_keys: of a segment.
         calls: how often a layer asked for attention; the start-up guard compares it with the layers.
     """
 
@@ -77,7 +84,8 @@ class AttentionPlan:
         self.calls = 0
         self.trees = trees
         self.segments = [segment for tree in trees for segment in segments_of(tree)]
-        self.sizes = [segment.rows.stop - segment.rows.start for segment in self.segments]
+        self.sizes = [segment.sizes[-1] for segment in self.segments]
+        self.most_keys = max((sum(segment.sizes) for segment in self.segments), default=0)
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
         self._added: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
         self._block_masks: dict[int | None, Any] = {}
@@ -122,7 +130,7 @@ class AttentionPlan:
     def gathered(self) -> GatheredSegments:
         """The segments for one variable-length call, on the device; made on the host and moved without waiting."""
         rows = [torch.arange(part.start, part.stop) for segment in self.segments for part in segment.keys]
-        counts = [sum(part.stop - part.start for part in segment.keys) for segment in self.segments]
+        counts = [sum(segment.sizes) for segment in self.segments]
         starts = [0, *accumulate(self.sizes)]
         key_starts = torch.tensor([0, *counts]).cumsum(0)
         return GatheredSegments(
@@ -130,7 +138,7 @@ class AttentionPlan:
             query_starts=self._moved(torch.tensor(starts).int()),
             key_starts=self._moved(key_starts.int()),
             most_queries=max(self.sizes),
-            most_keys=max(counts),
+            most_keys=self.most_keys,
         )
 
     def block_mask(self, window: int | None) -> Any:

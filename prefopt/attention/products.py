@@ -7,8 +7,9 @@ Here a block of queries meets all of its keys at once, for all heads in one batc
     dV = P' dO,  dS = P (dO V' - rowsum(dO O)),  dQ = scale dS K,  dK = scale dS' Q
 
 A block's keys end with its last query, so little is computed above the diagonal. P is kept for the backward pass up to
-`KEPT_KEYS` keys and computed again beyond. Eight heads of 64, two cores (Zen 4), forward and back beside the fused
-kernel: 384 tokens 6.4 and 9.1 ms, 576 tokens 12.4 and 19 ms.
+`KEPT_KEYS` keys and computed again beyond. One pair, eight heads of 64, two cores (Zen 4), forward and back beside the
+fused kernel, two rounds: 256:128 10.0 and 10.8 ms beside 11.9 and 13.1, 512:64 15.0 and 17.1 beside 19.1 and 21.9,
+64:256 12.2 and 9.4 beside 13.2 and 11.1; with 1,600 keys it is slower, 117 and 104 beside 113 and 99.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from torch.autograd.function import once_differentiable
 from prefopt.attention.plan import AttentionPlan, Segment
 
 BLOCK = 96
-"""Queries of a block: 64 to 192 differ by a tenth, fewer compute less above the diagonal, more call less."""
+"""Queries of a block. 64 to 192 differ by a tenth: fewer compute less above the diagonal, more are fewer calls."""
 KEPT_KEYS = 512
-"""Most keys of a block whose probabilities stay in memory. With 1,024 the fused kernel is 1.15 times as slow as this;
-where they are computed again, both take the same time."""
+"""Most keys up to a block's end whose probabilities stay in memory: 4 bytes for every head, query and key."""
+MOST_KEYS = 1024
+"""Most keys of a segment in a row that is computed like this."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,8 @@ class Block:
     keys: slice
     mask: Tensor
     """(queries, columns) of 0 and -inf, added to the last columns of the scores; what is before them is seen by all."""
-
-    @property
-    def kept(self) -> bool:
-        """Whether its probabilities stay until the backward pass."""
-        return int(self.keys.stop - self.keys.start) <= KEPT_KEYS
+    kept: bool
+    """Whether its probabilities stay until the backward pass."""
 
 
 def product_attention(
@@ -60,14 +59,27 @@ def product_attention(
     With `only_read` the output is 0 where no completion's token is predicted.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output: Tensor = _Products.apply(query, key, value, plan, scale, window, only_read)
+    learns = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
+    output: Tensor = _Products.apply(query, key, value, plan, scale, window, only_read, learns)
     return output
+
+
+def kept_probabilities(before: int, queries: int) -> int:
+    """How many probabilities of a head a segment keeps for its backward pass, at most: a window sees fewer.
+
+    Args:
+        before: keys before its first query.
+        queries: its queries.
+    """
+    ends = [min(begin + BLOCK, queries) for begin in range(0, queries, BLOCK)]
+    begun = [0, *ends[:-1]]
+    return sum((end - begin) * (before + end) for begin, end in zip(begun, ends) if before + end <= KEPT_KEYS)
 
 
 def blocks(plan: AttentionPlan, segment: Segment, window: int | None, *, only_read: bool = False) -> Iterator[Block]:
     """Cut the queries of a segment into blocks."""
-    count = segment.rows.stop - segment.rows.start
-    before = sum(part.stop - part.start for part in segment.keys) - count
+    *prompt, count = segment.sizes
+    before = sum(prompt)
     for begin in range(segment.unread if only_read else 0, count, BLOCK):
         end = min(begin + BLOCK, count)
         last = before + end
@@ -75,7 +87,7 @@ def blocks(plan: AttentionPlan, segment: Segment, window: int | None, *, only_re
         first = 0 if within is None else max(0, before + begin + 1 - within)
         columns = end - begin if within is None else last - first
         mask = plan.added_mask(end - begin, columns, within, torch.float32)
-        yield Block(slice(begin, end), slice(first, last), mask)
+        yield Block(slice(begin, end), slice(first, last), mask, kept=last <= KEPT_KEYS)
 
 
 class _Products(torch.autograd.Function):
@@ -91,18 +103,19 @@ class _Products(torch.autograd.Function):
         scale: float,
         window: int | None,
         only_read: bool,
+        learns: bool,
     ) -> Tensor:
-        heads, size = query.shape[1], value.shape[3]
-        output = query.new_zeros(1, query.shape[2], heads, size)
+        heads, width = query.shape[1], value.shape[3]
+        output = query.new_zeros(1, query.shape[2], heads, width)
         kept = []
         for segment in plan.segments:
             queries, keys, values = query[0, :, segment.rows], _joined(key, segment), _joined(value, segment)
             for block in blocks(plan, segment, window, only_read=only_read):
                 asking = _grouped(queries[:, block.queries], keys) * scale
                 weights = _probabilities(asking, keys[:, block.keys], block.mask)
-                found = torch.bmm(weights, values[:, block.keys]).view(heads, -1, size)
+                found = torch.bmm(weights, values[:, block.keys]).view(heads, -1, width)
                 output[0, segment.rows][block.queries] = found.transpose(0, 1)
-                if block.kept and any(ctx.needs_input_grad):
+                if learns and block.kept:
                     kept.append(weights)
         ctx.save_for_backward(query, key, value, output, *kept)
         ctx.plan, ctx.scale, ctx.window, ctx.only_read = plan, scale, window, only_read
@@ -113,7 +126,7 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, *kept = ctx.saved_tensors
         waiting = iter(kept)
-        heads, size = query.shape[1], query.shape[3]
+        heads, width = query.shape[1], query.shape[3]
         answered = (grad * output).sum(-1)[0].t()  # (heads, tokens)
         of_query, of_key, of_value = (torch.zeros_like(each) for each in (query, key, value))
         for segment in ctx.plan.segments:
@@ -128,10 +141,10 @@ class _Products(torch.autograd.Function):
                 of_scores = torch.bmm(slopes, values[:, block.keys].transpose(1, 2))
                 of_scores.sub_(answered[:, rows][:, block.queries].reshape(len(keys), -1, 1)).mul_(weights)
                 of_keys[:, block.keys] += torch.bmm(of_scores.transpose(1, 2), asking)
-                of_query[0, :, rows][:, block.queries] = torch.bmm(of_scores, seen).view(heads, -1, size) * ctx.scale
+                of_query[0, :, rows][:, block.queries] = torch.bmm(of_scores, seen).view(heads, -1, width) * ctx.scale
             _hand_back(of_key, segment, of_keys)
             _hand_back(of_value, segment, of_values)
-        return of_query, of_key, of_value, None, None, None, None
+        return of_query, of_key, of_value, *(None,) * 5
 
 
 def _joined(tensor: Tensor, segment: Segment) -> Tensor:
@@ -142,11 +155,8 @@ def _joined(tensor: Tensor, segment: Segment) -> Tensor:
 
 def _hand_back(total: Tensor, segment: Segment, gradient: Tensor) -> None:
     """Add a segment's gradient (key_heads, keys, size) to the row's."""
-    at = 0
-    for rows in segment.keys:
-        count = rows.stop - rows.start
-        total[0, :, rows] += gradient[:, at : at + count]
-        at += count
+    for rows, piece in zip(segment.keys, gradient.split(segment.sizes, dim=1), strict=True):
+        total[0, :, rows] += piece
 
 
 def _grouped(rows: Tensor, keys: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from prefopt.attention.flex import block_attention
 from prefopt.attention.plan import AttentionPlan
-from prefopt.attention.products import product_attention
+from prefopt.attention.products import MOST_KEYS, product_attention
 from prefopt.attention.sdpa import segment_attention
 from prefopt.attention.varlen import DTYPES, gathered_attention
 
@@ -69,8 +69,8 @@ def tree_attention(
             plan, query, key, value, scaling=scaling, window=sliding_window, softcap=softcap, sinks=sinks
         )
         return output, None
-    plain = softcap is None and sinks is None and not dropout
-    if plan.backend == "products" and plain and query.dtype == torch.float32 and not torch.compiler.is_compiling():
+    plain = softcap is None and sinks is None and not dropout and plan.most_keys <= MOST_KEYS
+    if plan.backend == "products" and plain and query.dtype == torch.float32:
         output = product_attention(
             plan, query, key, value, scaling=scaling, window=sliding_window, only_read=kwargs.get(ONLY_READ, False)
         )

@@ -24,12 +24,12 @@ def segment_attention(
     """Attend segment by segment; shapes as in `tree_attention`, any device and dtype."""
     parts = []
     # Split, not sliced: the gradient of a slice is a whole row of zeros, for each segment and layer.
-    pieces = zip(*(tensor.split(plan.sizes, dim=2) for tensor in (query, key, value)))
-    for (queries, keys, values), segment in zip(pieces, plan.segments):
+    pieces = zip(*(tensor.split(plan.sizes, dim=2) for tensor in (query, key, value)), strict=True)
+    for (queries, keys, values), segment in zip(pieces, plan.segments, strict=True):
         if segment.prompt is None:
             root = (keys, values)
         else:
-            shared = segment.prompt.stop - segment.prompt.start
+            shared = segment.sizes[0]
             keys, values = (
                 torch.cat((first[:, :, :shared], own), dim=2) for first, own in zip(root, (keys, values), strict=True)
             )
