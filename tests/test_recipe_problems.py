@@ -186,6 +186,10 @@ def test_other_keys_that_make_no_sense_together() -> None:
     assert list(problems_with(output="runs/{loss}")) == ["output"]
     assert list(problems_with(reference={"revision": "main"})) == ["reference.revision"]
     assert list(problems_with(checkpoint={"best": "eval.accuracy"}, eval={"every": 0})) == ["checkpoint.best"]
+    unshared = {"path": "a/b", "attention": "unshared", "attention_backend": "sdpa"}
+    assert list(problems_with(model=unshared)) == ["model.attention_backend"]
+    recipe_from_mapping({**RIGHT, "model": {**unshared, "attention": "auto"}})
+    recipe_from_mapping({**RIGHT, "model": {**unshared, "attention_backend": "auto"}})
 
 
 def test_keys_wrong_for_themselves_are_not_blamed_twice() -> None:

@@ -38,6 +38,7 @@ def refuse_conflicts(recipe: Recipe) -> None:
         *_weights_too_coarse_to_train(recipe),
         *_margin_error_of_nothing(recipe),
         *_shared_dropout(recipe),
+        *_back_end_of_nothing(recipe),
         *_nothing_to_reward(recipe),
     ]
     if conflicts:
@@ -243,6 +244,18 @@ def _shared_dropout(recipe: Recipe) -> Iterator[Conflict]:
             "set model.attention=auto, or switch dropout off",
         )
         yield Conflict(("model.attention", "train.dropout", "adapter.dropout"), problem)
+
+
+def _back_end_of_nothing(recipe: Recipe) -> Iterator[Conflict]:
+    backend = recipe.model.attention_backend
+    if backend != "auto" and recipe.model.attention == "unshared":
+        problem = Problem(
+            "model.attention_backend",
+            "auto where model.attention is unshared: no prompt is shared then, and the model's own attention runs",
+            backend,
+            "remove model.attention_backend, or set model.attention=auto",
+        )
+        yield Conflict(("model.attention_backend", "model.attention"), problem)
 
 
 def _nothing_to_reward(recipe: Recipe) -> Iterator[Conflict]:
