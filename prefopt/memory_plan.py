@@ -163,14 +163,13 @@ def demand_of(
     # Paged moments move to the host where the device is full; on a CPU there is nowhere to move to.
     moments["paged_adamw_8bit"] = moments["adamw_8bit"] if device == "cpu" else 0
     precision, shape, times = recipe.train.precision, shape_of(base), 1.0 if shared else rows.unshared
+    # Rows too long for products go to SDPA, which keeps other tensors: whichever is more.
+    ways = {None, rows.probabilities} if backend == "products" else {None}
     held, again = (
         times
-        * activation_bytes(
-            shape,
-            precision,
-            recomputed=recomputed,
-            context=rows.context,
-            probabilities=rows.probabilities if backend == "products" else None,
+        * max(
+            activation_bytes(shape, precision, recomputed=recomputed, context=rows.context, probabilities=way)
+            for way in ways
         )
         for recomputed in (False, True)
     )

@@ -114,6 +114,9 @@ def test_whole_products_ask_for_the_probabilities_that_stay(recipe):
     heads, layers = model.config.num_attention_heads, model.config.num_hidden_layers
     assert most - more == 4 * heads * layers * 100
     assert plain < more
+    # Rows that are too long for products are computed by SDPA, so its need is the least that is planned.
+    none = demand_of(recipe(), model, model, replace(rows, probabilities=0.0), device="cpu", backend="products")
+    assert none.per_token == plain
 
 
 def test_a_run_plans_with_the_attention_that_its_policy_has(recipe, monkeypatch):
