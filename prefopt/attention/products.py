@@ -107,11 +107,12 @@ class _Products(torch.autograd.Function):
     ) -> Tensor:
         heads, width = query.shape[1], value.shape[3]
         output = query.new_zeros(1, query.shape[2], heads, width)
+        query = query * scale
         kept = []
         for segment in plan.segments:
             queries, keys, values = query[0, :, segment.rows], _joined(key, segment), _joined(value, segment)
             for block in blocks(plan, segment, window, only_read=only_read):
-                asking = _grouped(queries[:, block.queries], keys) * scale
+                asking = _grouped(queries[:, block.queries], keys)
                 weights = _probabilities(asking, keys[:, block.keys], block.mask)
                 found = torch.bmm(weights, values[:, block.keys]).view(heads, -1, width)
                 output[0, segment.rows][block.queries] = found.transpose(0, 1)
@@ -132,31 +133,32 @@ class _Products(torch.autograd.Function):
         for segment in ctx.plan.segments:
             rows = segment.rows
             queries, keys, values = query[0, :, rows], _joined(key, segment), _joined(value, segment)
-            of_keys, of_values = (each.new_zeros(each.shape) for each in (keys, values))
+            of_keys, of_values = _joined(of_key, segment), _joined(of_value, segment)
             for block in blocks(ctx.plan, segment, ctx.window, only_read=ctx.only_read):
-                asking, seen = _grouped(queries[:, block.queries], keys) * ctx.scale, keys[:, block.keys]
+                asking, seen = _grouped(queries[:, block.queries], keys), keys[:, block.keys]
                 weights = next(waiting) if block.kept else _probabilities(asking, seen, block.mask)
                 slopes = _grouped(grad[0, rows][block.queries].transpose(0, 1), keys)
-                of_values[:, block.keys] += torch.bmm(weights.transpose(1, 2), slopes)
+                of_values[:, block.keys].baddbmm_(weights.transpose(1, 2), slopes)
                 of_scores = torch.bmm(slopes, values[:, block.keys].transpose(1, 2))
                 of_scores.sub_(answered[:, rows][:, block.queries].reshape(len(keys), -1, 1)).mul_(weights)
-                of_keys[:, block.keys] += torch.bmm(of_scores.transpose(1, 2), asking)
-                of_query[0, :, rows][:, block.queries] = torch.bmm(of_scores, seen).view(heads, -1, width) * ctx.scale
-            _hand_back(of_key, segment, of_keys)
-            _hand_back(of_value, segment, of_values)
-        return of_query, of_key, of_value, *(None,) * 5
+                of_keys[:, block.keys].baddbmm_(of_scores.transpose(1, 2), asking)
+                of_query[0, :, rows][:, block.queries] = torch.bmm(of_scores, seen).view(heads, -1, width)
+            _put_back(of_key, segment, of_keys)
+            _put_back(of_value, segment, of_values)
+        return of_query.mul_(ctx.scale), of_key, of_value, *(None,) * 5
 
 
 def _joined(tensor: Tensor, segment: Segment) -> Tensor:
-    """(key_heads, keys, size) of what a segment's queries see."""
+    """(key_heads, keys, size) of what a segment's queries see: a view where it lies together, else a copy."""
     pieces = [tensor[0, :, rows] for rows in segment.keys]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
-def _hand_back(total: Tensor, segment: Segment, gradient: Tensor) -> None:
-    """Add a segment's gradient (key_heads, keys, size) to the row's."""
-    for rows, piece in zip(segment.keys, gradient.split(segment.sizes, dim=1), strict=True):
-        total[0, :, rows] += piece
+def _put_back(whole: Tensor, segment: Segment, joined: Tensor) -> None:
+    """Write into the row what was added to a copy of some of it."""
+    if len(segment.keys) > 1:
+        for rows, piece in zip(segment.keys, joined.split(segment.sizes, dim=1), strict=True):
+            whole[0, :, rows] = piece
 
 
 def _grouped(rows: Tensor, keys: Tensor) -> Tensor:
