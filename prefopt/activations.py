@@ -10,6 +10,7 @@ bytes of the compute dtype:
                     values of a prompt once more for its further completions
     scores          only where they are held (soft-caps and sinks, off the fused kernels): 2 copies in fp32, one in w
     products        (the attention back end) w (2 d + 2 k), 3 of each where one matrix makes queries, keys and values;
+                    with 16 bits 2 d more, for queries are fp32, and under autocast 2 k, for rotated keys are;
                     and 4 bytes per head for each probability that stays
     MLP             4 w m with a gate (gate, its activation, the other branch, their product); 5 w m without; 6 w m with
                     experts, which autocast leaves in fp32
@@ -124,6 +125,7 @@ def layer_bytes(
     scores = (8 + wide * (wide == 2)) * shape.heads * context if shape.scores else 0.0
     if probabilities is not None:
         attention = wide * (2 + shape.fused) * (shape.queries + shape.keys)
+        attention += 2 * shape.queries * (precision != "fp32") + 2 * shape.keys * (precision == "bf16")
         scores = 4 * shape.heads * probabilities
     mlp = wide * shape.inner * (4 if shape.gated else 5)
     if shape.experts:

@@ -30,6 +30,7 @@ from prefopt.errors import ModelError, Problem
 from prefopt.kept_gradients import KeptGradients
 from prefopt.last_layer import LastLayer
 from prefopt.memory import Trimmer
+from prefopt_losses import workspace
 from prefopt_losses.distributions import relative_token_logps_from_hidden, sequential_kl_from_hidden
 from prefopt_losses.head import Head
 from prefopt_losses.logps import token_logps_from_hidden, token_logps_from_logits
@@ -307,11 +308,14 @@ def score(
     """Score batches in eval mode without gradients; yields each (on its device) with its log-probs."""
     device = next(scorer.parameters()).device
     trimmer = Trimmer(device)
-    with evaluating(scorer):
-        for batch in batches:
-            moved = batch.to(device)
-            with autocast(device, precision):
-                result = scorer(moved)
-            yield moved, result
-            del moved, result
-            trimmer.after_step()
+    try:
+        with evaluating(scorer):
+            for batch in batches:
+                moved = batch.to(device)
+                with autocast(device, precision):
+                    result = scorer(moved)
+                yield moved, result
+                del moved, result
+                trimmer.after_step()
+    finally:
+        workspace.free()  # of batches larger than those of a step

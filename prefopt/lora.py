@@ -41,8 +41,10 @@ class LoraLinear(Linear):
         dropout, base = self.lora_dropout[name], self.base_layer
         drops = self.training and getattr(dropout, "p", 0.0) > 0
         plain = type(base) is nn.Linear and not base.weight.requires_grad
-        same = plain and base.weight.dtype == self.lora_A[name].weight.dtype == self.lora_B[name].weight.dtype
-        return name if same and not drops and not self.fan_in_fan_out else None
+        held = {self.lora_A[name].weight.dtype, self.lora_B[name].weight.dtype}
+        if plain and not torch.is_autocast_enabled(base.weight.device.type):  # which gives everything one dtype
+            held.add(base.weight.dtype)
+        return name if plain and len(held) == 1 and not drops and not self.fan_in_fan_out else None
 
 
 def fuse_adapters(model: nn.Module) -> None:
@@ -50,6 +52,21 @@ def fuse_adapters(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is Linear:
             module.__class__ = LoraLinear
+
+
+def hold_bases_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the frozen matrices under a model's adapters in the dtype that autocast multiplies them in.
+
+    Products are what they were: autocast would make the same numbers of them in every pass, forward and back.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLinear) and type(module.base_layer) is nn.Linear:
+            weight = module.base_layer.weight
+            if not weight.requires_grad:  # a new one, for the old one can be an embedding too
+                module.base_layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    for parameter in model.parameters():  # what was read from a mapped file would hold all of the file in memory
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 class _LoraProduct(torch.autograd.Function):

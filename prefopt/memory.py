@@ -11,6 +11,8 @@ from typing import Any
 import psutil
 import torch
 
+from prefopt_losses import workspace
+
 
 @cache
 def _libc() -> Any:
@@ -69,8 +71,14 @@ def _resident() -> int:
 
 def free_models() -> None:
     """Return the memory of dropped models to the accelerator or the system."""
+    gc.collect()  # models hold themselves
+    return_memory()
+
+
+def return_memory() -> None:
+    """Return to the accelerator or the system what passes over more tokens than a step has leave behind."""
+    workspace.free()
     if torch.cuda.is_available():
-        gc.collect()
         torch.cuda.empty_cache()
     library = _libc()
     if library is not None:

@@ -13,6 +13,7 @@ from prefopt.adapters import MOVING, add_lora, keep_frozen, load_adapter
 from prefopt.data.groups import PromptGroup
 from prefopt.forward import Scorer
 from prefopt.layout import LayoutChoice, settle_layout
+from prefopt.lora import hold_bases_in
 from prefopt.models import load_model, switch_off_dropout
 from prefopt.prepare import adapter_source, policy_source
 from prefopt.recipe import Recipe
@@ -64,6 +65,8 @@ def load_policy(recipe: Recipe, probe: PromptGroup) -> Policy:
     if recipe.model.kernels:  # in training mode, for kernels without a backward pass are not taken then
         base.set_use_kernels(True)
     layout = settle_layout(scorer, recipe, probe)
+    if recipe.train.precision == "bf16":
+        hold_bases_in(model, torch.bfloat16)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Policy(scorer, layout, trainable, sum(p.numel() for p in model.parameters()))
 

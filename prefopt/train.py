@@ -25,7 +25,7 @@ from prefopt.errors import Interrupted
 from prefopt.evaluate import measure, reference_samples
 from prefopt.gradients import accumulate_gradients, looks_at_once, not_finite
 from prefopt.invariant import check_step_zero, step_zero
-from prefopt.memory import Trimmer
+from prefopt.memory import Trimmer, return_memory
 from prefopt.objective import MetricSums
 from prefopt.planning import Step
 from prefopt.prepare import prepare
@@ -117,6 +117,7 @@ def _look_before(run: Run) -> dict[str, Any] | None:
             run.screen.reference_samples(run.reference_samples, run.recipe.eval.show)
         if run.state.step in (0, run.total):
             _evaluate(run)
+    return_memory()
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 

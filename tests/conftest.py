@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Take what is there by now out of garbage collection: every run that is trained here collects its models."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

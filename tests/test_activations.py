@@ -68,23 +68,24 @@ def test_what_is_counted_is_what_autograd_keeps(name, precision, lora):
 
 
 @pytest.mark.parametrize("limit", [512, 128])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
-def test_what_whole_products_keep_is_counted(name, limit, monkeypatch):
+def test_what_whole_products_keep_is_counted(name, precision, limit, monkeypatch):
     monkeypatch.setattr("prefopt.attention.products.KEPT_KEYS", limit)
     lengths, completions = (100, 70), (60, 40, 30)
     batch = make_batch([group(prompt, list(completions), seed=prompt) for prompt in lengths])
-    scorer = tiny_scorer(name, "fp32")
+    scorer = tiny_scorer(name, precision)
     scorer.last_layer.compute_whole()
     shape = shape_of(scorer.language_model)
     scorer.set_layout("shared", "products")
-    measured = kept_bytes(scorer, batch, "fp32")
+    measured = kept_bytes(scorer, batch, precision)
     kept = probabilities_kept([(prompt, [one - 1 for one in completions]) for prompt in lengths])
     without, predicted = (
-        activation_bytes(shape, "fp32", recomputed=False, probabilities=count) for count in (0.0, kept)
+        activation_bytes(shape, precision, recomputed=False, probabilities=count) for count in (0.0, kept)
     )
     assert 0.9 * measured < predicted < 1.4 * measured
     monkeypatch.setattr("prefopt.attention.products.KEPT_KEYS", 0)
-    assert measured - kept_bytes(scorer, batch, "fp32") == pytest.approx(predicted - without, rel=0.02)
+    assert measured - kept_bytes(scorer, batch, precision) == pytest.approx(predicted - without, rel=0.02)
 
 
 def test_a_tensor_of_queries_keys_and_values_stays_whole_and_a_window_keeps_less():

@@ -124,6 +124,25 @@ def test_products_attend_as_plain_softmax_does(monkeypatch, window, only_read):
         torch.testing.assert_close(gradient, slope)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_products_of_16_bit_numbers_are_rounded_at_their_ends_only(autocast):
+    """Values of 16 bit decide; queries and keys that were rotated in fp32 stay what they are."""
+    plan = AttentionPlan(make_batch(GROUPS).trees, CPU)
+    dtypes = (torch.float32, torch.float32, torch.bfloat16) if autocast else (torch.bfloat16,) * 3
+    given = [torch.randn(1, 2, plan.tokens, 8).to(dtype).requires_grad_() for dtype in dtypes]
+    exact = [each.detach().float().requires_grad_() for each in given]
+    weights = torch.randn(1, plan.tokens, 2, 8).bfloat16()
+    expected = product_attention(plan, *exact, scaling=None, window=None)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = product_attention(plan, *given, scaling=None, window=None)
+        slopes = torch.autograd.grad((found * weights).sum(), given)
+    assert torch.equal(found, expected.bfloat16())
+    for slope, own, full in zip(slopes, given, torch.autograd.grad((expected * weights).sum(), exact), strict=True):
+        assert slope.dtype == own.dtype
+        # the output was rounded before it went into the gradients
+        assert float((slope.float() - full).norm()) < 0.004 * float(full.norm())
+
+
 @pytest.fixture
 def given(monkeypatch):
     """What the products were asked for, call by call."""
@@ -169,7 +188,6 @@ def test_what_products_cannot_do_goes_segment_by_segment(monkeypatch):
     plan = AttentionPlan(batch.trees, CPU, backend="products")
     query = torch.randn(1, 2, batch.tokens, 4)
     for given, named in (
-        (query.bfloat16(), {}),
         (query, {"dropout": 0.5}),
         (query, {"softcap": 3.0}),
         (query, {"s_aux": torch.zeros(2)}),
@@ -260,15 +278,24 @@ def test_a_right_back_end_is_taken(flash, monkeypatch):
     [
         ("llama", torch.float32, ["products", "sdpa"]),
         ("mistral", torch.float32, ["products", "sdpa"]),
-        ("llama", torch.bfloat16, ["sdpa"]),
+        ("llama", torch.bfloat16, ["products", "sdpa"]),
         ("gemma2", torch.float32, ["sdpa"]),
         ("gpt_oss", torch.float32, ["sdpa"]),
     ],
 )
-def test_a_cpu_tries_what_the_model_can_use_and_says_why_nothing_else(name, dtype, expected):
+def test_a_cpu_tries_what_the_model_can_use_and_says_why_nothing_else(monkeypatch, name, dtype, expected):
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
     able, reasons = backends(tiny_model(name), dtype)
     assert able == expected
     assert set(reasons) == {"varlen", "flex", "products"} - set(able)
+
+
+def test_a_cpu_with_tiles_for_16_bit_leaves_16_bit_to_torch(monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
+    assert backends(tiny_model("llama"), torch.float32)[0] == ["products", "sdpa"]
+    able, reasons = backends(tiny_model("llama"), torch.bfloat16)
+    assert able == ["sdpa"]
+    assert "AMX" in reasons["products"]
 
 
 def test_a_back_end_that_is_asked_for_and_cannot_be_had_is_refused():

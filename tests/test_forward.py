@@ -9,8 +9,9 @@ from tiny import ARCHITECTURES, UNSHARED, group, tiny_model, unshared
 from prefopt.batching import make_batch
 from prefopt.data.groups import PromptGroup
 from prefopt.errors import ModelError
-from prefopt.forward import Scorer
+from prefopt.forward import Scorer, score
 from prefopt.layout import choose_layout, plain_logps
+from prefopt_losses import workspace
 
 GROUPS = [group(11, [9, 5], seed=1), group(1, [1, 6, 3], seed=2), group(5, [12], seed=3)]
 
@@ -91,6 +92,15 @@ def test_gradient_checkpointing_changes_nothing():
     checkpointed = gradients(scorer, batch, weights)
     for name, grad in plain.items():
         torch.testing.assert_close(checkpointed[name], grad, rtol=0, atol=0, msg=name)
+
+
+def test_a_pass_without_gradient_leaves_no_buffers_behind():
+    workspace.free()
+    passes = score(Scorer(tiny_model("llama")), [make_batch([group(5, [4, 3])])], precision="fp32")
+    next(passes)
+    assert workspace._free  # they wait for the next batch
+    assert not list(passes)
+    assert not workspace._free
 
 
 def test_a_head_with_bias_is_applied_with_it():

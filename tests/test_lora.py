@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from prefopt.lora import LoraLinear, fuse_adapters
+from prefopt.lora import LoraLinear, fuse_adapters, hold_bases_in
 
 
 class Two(nn.Module):
@@ -106,3 +106,39 @@ def test_layers_are_recomputed_to_the_same_gradients():
     x = tokens(6).requires_grad_()
     torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).float().square().sum().backward()
     assert torch.equal(x.grad, plain[1])
+
+
+def test_bases_held_in_16_bit_give_the_same_numbers_under_autocast():
+    expected, model = results(adapted(fused=True), tokens(9), autocast=True), adapted(fused=True)
+    hold_bases_in(model, torch.bfloat16)
+    frozen = [parameter for name, parameter in model.named_parameters() if "base_layer.weight" in name]
+    assert [each.dtype for each in frozen] == [torch.bfloat16] * 2
+    assert {each.dtype for each in model.parameters() if each.requires_grad} == {torch.float32}
+    for one, other in zip(expected, results(model, tokens(9), autocast=True), strict=True):
+        assert torch.equal(one, other)
+    with model.disable_adapter(), torch.autocast("cpu", torch.bfloat16):
+        alone = model(tokens(9))
+    plain = adapted(fused=True)
+    with plain.disable_adapter(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(alone, plain(tokens(9)))
+
+
+def test_a_base_that_is_an_embedding_too_leaves_the_embedding_alone():
+    model = adapted(fused=True)
+    embedding = nn.Embedding(40, 24)
+    model.base_model.model.one.base_layer.weight = embedding.weight.requires_grad_(False)
+    hold_bases_in(model, torch.bfloat16)
+    assert embedding.weight.dtype == torch.float32
+
+
+def test_nothing_of_a_mapped_file_stays_behind(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = adapted(fused=True)
+    save_file({"bias": model.base_model.model.other.base_layer.bias.detach()}, tmp_path / "bias.safetensors")
+    mapped = load_file(tmp_path / "bias.safetensors")["bias"]
+    model.base_model.model.other.base_layer.bias.data = mapped
+    hold_bases_in(model, torch.bfloat16)
+    found = model.base_model.model.other.base_layer.bias
+    assert found.data_ptr() != mapped.data_ptr()
+    assert torch.equal(found, mapped)

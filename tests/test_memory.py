@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from prefopt import memory
-from prefopt.memory import GROWTH, SPACING, Trimmer, free_models
+from prefopt.memory import GROWTH, SPACING, Trimmer, free_models, return_memory
+from prefopt_losses import workspace
 
 
 class Library:
@@ -77,10 +78,17 @@ def test_dropped_models_go_back_at_once(library):
     assert library.calls == 1
 
 
+def test_buffers_of_a_head_go_with_them():
+    workspace.give_back(workspace.borrow((4, 1000), torch.float32, torch.device("cpu")))
+    assert workspace._free
+    return_memory()
+    assert not workspace._free
+
+
 def test_other_devices_and_other_c_libraries_are_left_alone(library, monkeypatch):
     Trimmer(torch.device("meta")).after_step()
     assert not library.options
     monkeypatch.setattr(memory, "_libc", lambda: None)
     Trimmer(torch.device("cpu")).after_step()
-    free_models()
+    return_memory()
     assert not library.calls

@@ -59,8 +59,8 @@ def _not_flex(device: torch.device) -> str:
 def _not_products(config: Any, device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cpu":
         return "it is made for CPUs"
-    if dtype != torch.float32:
-        return f"it is made for fp32, and {str(dtype).removeprefix('torch.')} is asked for"
+    if dtype != torch.float32 and torch.cpu._is_amx_tile_supported():
+        return f"torch's kernel has tiles of its own for {str(dtype).removeprefix('torch.')} on this CPU (AMX)"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "it has no soft-cap on the scores"
     return "it has no attention sinks" if config.model_type == "gpt_oss" else ""

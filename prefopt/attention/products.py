@@ -1,4 +1,4 @@
-"""Attention segment by segment with whole matrix products, on CPUs in fp32.
+"""Attention segment by segment with whole matrix products in fp32, on CPUs.
 
 torch's fused kernel for CPUs multiplies small tiles head by head and reaches a third of the rate of large products.
 Here a block of queries meets all of its keys at once, for all heads in one batched product:
@@ -10,6 +10,10 @@ A block's keys end with its last query, so little is computed above the diagonal
 `KEPT_KEYS` keys and computed again beyond. One pair, eight heads of 64, two cores (Zen 4), forward and back beside the
 fused kernel, two rounds: 256:128 10.0 and 10.8 ms beside 11.9 and 13.1, 512:64 15.0 and 17.1 beside 19.1 and 21.9,
 64:256 12.2 and 9.4 beside 13.2 and 11.1; with 1,600 keys it is slower, 117 and 104 beside 113 and 99.
+
+A model that multiplies in bf16 attends in fp32 too; nothing is rounded but what goes in and comes out: 9.6 ms beside
+the fused kernel's 12.3, 17.4 beside 21.4, 11.5 beside 14.7 (25 pairs each). Products in bf16 would gain little: every
+number of keys is a new shape, and making the kernel for it takes longer than the product.
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ def product_attention(
     window: int | None,
     only_read: bool = False,
 ) -> Tensor:
-    """Attend segment by segment; shapes as in `tree_attention`, fp32 on a CPU.
+    """Attend segment by segment; shapes as in `tree_attention`, on a CPU. The output has the values' dtype.
 
     With `only_read` the output is 0 where no completion's token is predicted.
     """
@@ -94,6 +98,7 @@ class _Products(torch.autograd.Function):
     """The whole row in one node of the graph, with nothing cut or joined around it."""
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def forward(
         ctx: Any,
         query: Tensor,
@@ -106,11 +111,13 @@ class _Products(torch.autograd.Function):
         learns: bool,
     ) -> Tensor:
         heads, width = query.shape[1], value.shape[3]
-        output = query.new_zeros(1, query.shape[2], heads, width)
-        query = query * scale
+        output = value.new_zeros(1, query.shape[2], heads, width)
+        wide = torch.promote_types(value.dtype, torch.float32)
+        scaled, every_key, every_value = query.to(wide) * scale, key.to(wide), value.to(wide)
         kept = []
         for segment in plan.segments:
-            queries, keys, values = query[0, :, segment.rows], _joined(key, segment), _joined(value, segment)
+            queries = scaled[0, :, segment.rows]
+            keys, values = _joined(every_key, segment), _joined(every_value, segment)
             for block in blocks(plan, segment, window, only_read=only_read):
                 asking = _grouped(queries[:, block.queries], keys)
                 weights = _probabilities(asking, keys[:, block.keys], block.mask)
@@ -118,21 +125,23 @@ class _Products(torch.autograd.Function):
                 output[0, segment.rows][block.queries] = found.transpose(0, 1)
                 if learns and block.kept:
                     kept.append(weights)
-        ctx.save_for_backward(query, key, value, output, *kept)
-        ctx.plan, ctx.scale, ctx.window, ctx.only_read = plan, scale, window, only_read
+        ctx.save_for_backward(scaled, key, value, output, *kept)
+        ctx.dtype, ctx.plan, ctx.scale, ctx.window, ctx.only_read = query.dtype, plan, scale, window, only_read
         return output
 
     @staticmethod
     @once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, *kept = ctx.saved_tensors
+        scaled, key, value, output, *kept = ctx.saved_tensors
         waiting = iter(kept)
-        heads, width = query.shape[1], query.shape[3]
+        heads, width = scaled.shape[1], scaled.shape[3]
+        grad, every_key, every_value = (each.to(scaled.dtype) for each in (grad, key, value))
         answered = (grad * output).sum(-1)[0].t()  # (heads, tokens)
-        of_query, of_key, of_value = (torch.zeros_like(each) for each in (query, key, value))
+        of_query, of_key, of_value = (torch.zeros_like(each) for each in (scaled, every_key, every_value))
         for segment in ctx.plan.segments:
             rows = segment.rows
-            queries, keys, values = query[0, :, rows], _joined(key, segment), _joined(value, segment)
+            queries, keys, values = scaled[0, :, rows], _joined(every_key, segment), _joined(every_value, segment)
             of_keys, of_values = _joined(of_key, segment), _joined(of_value, segment)
             for block in blocks(ctx.plan, segment, ctx.window, only_read=ctx.only_read):
                 asking, seen = _grouped(queries[:, block.queries], keys), keys[:, block.keys]
@@ -145,7 +154,8 @@ class _Products(torch.autograd.Function):
                 of_query[0, :, rows][:, block.queries] = torch.bmm(of_scores, seen).view(heads, -1, width)
             _put_back(of_key, segment, of_keys)
             _put_back(of_value, segment, of_values)
-        return of_query.mul_(ctx.scale), of_key, of_value, *(None,) * 5
+        of_query.mul_(ctx.scale)
+        return of_query.to(ctx.dtype), of_key.to(key.dtype), of_value.to(value.dtype), *(None,) * 5
 
 
 def _joined(tensor: Tensor, segment: Segment) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -70,7 +69,7 @@ def tree_attention(
         )
         return output, None
     plain = softcap is None and sinks is None and not dropout and plan.most_keys <= MOST_KEYS
-    if plan.backend == "products" and plain and query.dtype == torch.float32:
+    if plan.backend == "products" and plain:
         output = product_attention(
             plan, query, key, value, scaling=scaling, window=sliding_window, only_read=kwargs.get(ONLY_READ, False)
         )

@@ -48,7 +48,7 @@ class ModelRecipe(Section):
     """`shared` encodes a prompt once for all its completions; `unshared` uses one row per completion."""
     attention_backend: Literal["auto", "sdpa", "products", "varlen", "flex"] = "auto"
     """What computes the attention of shared prompts; `auto`: on an accelerator one variable-length flash call, else
-    FlexAttention; on a CPU in fp32 whole matrix products, with SDPA for rows of more than 1,024 tokens; else SDPA
+    FlexAttention; on a CPU whole matrix products in fp32, with SDPA for rows of more than 1,024 tokens; else SDPA
     prompt by prompt. The first that agrees with the model's plain logits."""
     kernels: bool = False
     """Take norms and activations from the hub's kernels (package `kernels`); needs an accelerator."""
