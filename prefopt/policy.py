@@ -13,7 +13,6 @@ from prefopt.adapters import MOVING, add_lora, keep_frozen, load_adapter
 from prefopt.data.groups import PromptGroup
 from prefopt.forward import Scorer
 from prefopt.layout import LayoutChoice, settle_layout
-from prefopt.lora import hold_bases_in
 from prefopt.models import load_model, switch_off_dropout
 from prefopt.prepare import adapter_source, policy_source
 from prefopt.recipe import Recipe
@@ -65,7 +64,9 @@ def load_policy(recipe: Recipe, probe: PromptGroup) -> Policy:
     if recipe.model.kernels:  # in training mode, for kernels without a backward pass are not taken then
         base.set_use_kernels(True)
     layout = settle_layout(scorer, recipe, probe)
-    if recipe.train.precision == "bf16":
+    if recipe.adapter is not None and recipe.train.precision == "bf16":
+        from prefopt.lora import hold_bases_in  # peft, which only adapters need
+
         hold_bases_in(model, torch.bfloat16)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Policy(scorer, layout, trainable, sum(p.numel() for p in model.parameters()))
