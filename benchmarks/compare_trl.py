@@ -38,6 +38,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from cost_model import TOOLS, Pair, operations, seconds_a_step
 from speed_tables import growth, largest_difference, sharing, table
 from speed_workloads import (
@@ -163,7 +164,8 @@ def measure(
             for figures in run(job, folder / "figures.json"):
                 figures["operations"] = operations(
                     figures["tool"], workload.shape, counted, batch=BATCH, lora=workload.lora,
-                    checkpointing=arguments.trl_checkpointing, precision=precision,
+                    checkpointing=arguments.trl_checkpointing,
+                    whole_attention=precision == "bf16" and torch.cpu._is_amx_tile_supported(),
                 )  # fmt: skip
                 own.append(figures)
     runs += own

@@ -13,7 +13,8 @@ N are the parameters of matrix products without embedding and head, d = heads x 
 forwards (3 with all weights trained, 2 with an adapter, 1 more where activations are recomputed) and u head products
 (3 where the gradient is made with the value, 4 where logits are recomputed, 1 less with a frozen head). An online
 reference adds one forward and one head product. TRL pads to the longest row of a batch, and off CUDA its head scores
-every position of every row. prefopt's last MLP sees scored positions only; in fp32 so does its last attention.
+every position of every row. prefopt's last MLP and attention see scored positions only; in bf16 on a CPU with AMX
+that attention is whole.
 """
 
 from __future__ import annotations
@@ -108,15 +109,18 @@ def operations(
     batch: int,
     lora: bool,
     checkpointing: bool = False,
-    precision: str = "fp32",
+    whole_attention: bool = False,
 ) -> float:
-    """Operations of a tool's mean step over these pairs; what a cache or a first pass computed is not in it."""
+    """Operations of a tool's mean step over these pairs; what a cache or a first pass computed is not in it.
+
+    With `whole_attention` our last attention computes prompts too, which nobody reads.
+    """
     k, u = 2 if lora else 3, 2 if lora else 3
     steps = len(pairs) / batch
     if tool.startswith("prefopt"):
         layout = unshared(pairs) if tool.endswith("unshared") else shared(pairs)
         unread = 2 * shape.last_mlp * (layout.tokens - layout.scored)
-        if precision == "fp32":
+        if not whole_attention:
             unread += 2 * shape.width * layout.prompts
         return (shape.step(layout, k=k, u=u) - k * unread) / steps
     online = not tool.startswith("trl-precomputed")

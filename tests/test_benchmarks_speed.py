@@ -61,8 +61,7 @@ def test_predicted_ratios_are_those_worked_out_by_hand(rooms, llama, prompt, com
     cost_model = rooms[0]
     pairs = [(prompt, completion, completion)]
     for adapter, expected in ((False, full), (True, lora)):
-        # In bf16 the last attention is whole, as in the figures worked out by hand.
-        ours = cost_model.operations("prefopt", llama, pairs, batch=1, lora=adapter, precision="bf16")
+        ours = cost_model.operations("prefopt", llama, pairs, batch=1, lora=adapter, whole_attention=True)
         theirs = cost_model.operations("trl-precomputed-compact", llama, pairs, batch=1, lora=adapter)
         reference = llama.forward(cost_model.unshared(pairs).tokens, cost_model.unshared(pairs).area)
         online = theirs + reference + llama.head(2 * completion)
@@ -94,11 +93,12 @@ def test_an_online_reference_and_checkpointing_each_cost_a_forward_pass(rooms, l
     assert operations("prefopt") < operations("prefopt-unshared") < operations("trl-precomputed-compact") < precomputed
 
 
-def test_what_nobody_reads_of_the_last_attention_is_not_counted_in_fp32(rooms, llama):
+def test_what_nobody_reads_of_the_last_attention_is_not_counted(rooms, llama):
     pairs = [(64, 32, 16), (8, 4, 4)]
     for tool, times in (("prefopt", 1), ("prefopt-unshared", 2), ("trl", 0)):
-        named = {"batch": 2, "lora": True}
-        less, whole = (rooms[0].operations(tool, llama, pairs, precision=p, **named) for p in ("fp32", "bf16"))
+        less, whole = (
+            rooms[0].operations(tool, llama, pairs, batch=2, lora=True, whole_attention=each) for each in (False, True)
+        )
         assert whole - less == pytest.approx(2 * 2 * llama.width * times * (64**2 + 8**2))
 
 
