@@ -5,7 +5,8 @@ layer, with h the hidden size, d and k the widths of all queries and of all keys
 bytes of the compute dtype:
 
     norm            its input, its normalised input and its output: 12 h in fp32; under autocast the first two are fp32
-                    (8 h) and every linear layer keeps a cast of the output of its own; 8 h with 16-bit weights
+                    (8 h), and the layers that read the output share a cast (`prefopt.shared_casts`) before attention
+                    and MLP, 2 h each; 8 h with 16-bit weights
     attention       w (3 d + 4 k): queries, keys, values, the output of every segment and all of them joined; keys and
                     values of a prompt once more for its further completions
     scores          only where they are held (soft-caps and sinks, off the fused kernels): 2 copies in fp32, one in w
@@ -30,8 +31,6 @@ from typing import Any
 import torch
 from torch import nn
 
-SHARED_INPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-"""Linear layers that read one norm's output together: under autocast each keeps its own cast of it."""
 FUSED_INPUTS = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
 """Linear layers that make queries, keys and values at once."""
 
@@ -53,8 +52,6 @@ class DecoderShape:
     """Norms of one layer over the hidden state."""
     head_norms: bool = False
     """Whether queries and keys are normalised too."""
-    readers: int = 2
-    """Linear layers that read a norm's output."""
     heads: int = 1
     scores: bool = False
     """Whether attention scores are held: by soft-caps and sinks, which the fused kernels do not know."""
@@ -85,7 +82,6 @@ def shape_of(model: nn.Module) -> DecoderShape:
         gated=any(name in ("gate_proj", "gate_up_proj", "experts") for name in names),
         norms=max(2, len(norms) - len(of_heads)),
         head_norms=bool(of_heads),
-        readers=sum(name in SHARED_INPUTS for name in names) or 2,
         heads=heads,
         scores=sinks or getattr(config, "attn_logit_softcapping", None) is not None,
         experts=bool(getattr(config, "num_experts_per_tok", None)),
@@ -120,7 +116,7 @@ def layer_bytes(
     wide = 4 if precision == "fp32" else 2
     norm = {"fp32": 12, "bf16": 8, "bf16-pure": 8}[precision]
     normed = shape.norms * shape.hidden + (shape.queries + shape.keys) * shape.head_norms
-    casts = 2 * shape.readers * shape.hidden if precision == "bf16" else 0
+    casts = 2 * 2 * shape.hidden if precision == "bf16" else 0
     attention = wide * (3 * shape.queries + 4 * shape.keys)
     scores = (8 + wide * (wide == 2)) * shape.heads * context if shape.scores else 0.0
     if probabilities is not None:

@@ -24,12 +24,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prefopt.activations import decoder_layers
 from prefopt.attention import ARGUMENT, NAME, AttentionPlan, Backend
 from prefopt.batching import RaggedBatch
 from prefopt.errors import ModelError, Problem
 from prefopt.kept_gradients import KeptGradients
 from prefopt.last_layer import LastLayer
 from prefopt.memory import Trimmer
+from prefopt.shared_casts import share_casts
 from prefopt_losses import workspace
 from prefopt_losses.distributions import relative_token_logps_from_hidden, sequential_kl_from_hidden
 from prefopt_losses.head import Head
@@ -84,7 +86,8 @@ class ReferenceLogps(Protocol):
 class Scorer(nn.Module):
     """A causal language model as a function from a batch to completion log-probs.
 
-    It hooks the model's last layer, which computes what is read of a row of shared prompts (`prefopt.last_layer`).
+    It hooks the model's last layer, which computes what is read of a row of shared prompts (`prefopt.last_layer`), and
+    its linear layers, which share the casts of what they read (`prefopt.shared_casts`).
     """
 
     def __init__(self, model: nn.Module, *, layout: Layout = "shared") -> None:
@@ -94,6 +97,7 @@ class Scorer(nn.Module):
         self.attention_calls = 0
         self.kept: KeptGradients | None = None
         self.last_layer = LastLayer(self.language_model)
+        share_casts(decoder_layers(self.language_model))
         self.set_layout(layout)
 
     def set_layout(self, layout: Layout, backend: Backend = "sdpa") -> None:

@@ -15,6 +15,8 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from prefopt.shared_casts import cast_once
+
 
 class LoraLinear(Linear):
     """A linear layer and one adapter in one product; whatever else peft can do stays peft's."""
@@ -27,7 +29,7 @@ class LoraLinear(Linear):
             return plain
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
         output: Tensor = _LoraProduct.apply(
-            x, self.base_layer.weight, self.base_layer.bias, down, up, self.scaling[name]
+            cast_once(x), self.base_layer.weight, self.base_layer.bias, down, up, self.scaling[name]
         )
         return output
 
