@@ -10,6 +10,9 @@ Peak memory is the process's own high-water mark (VmHWM; `ru_maxrss` would begin
 started it) at the end of the last step; the floor is what is resident when everything is imported and no model is
 loaded. The time to the first step runs from the same moment to the end of step 1: tokenizing, scoring the reference
 where it is scored first, loading.
+
+prefopt's command line starts over on a heap whose blocks merge (`prefopt.process`), so its process does here; TRL has
+no such thing, and its process starts as Python does.
 """
 
 from __future__ import annotations
@@ -24,6 +27,11 @@ from pathlib import Path
 from typing import Any
 
 os.environ.update(TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
+
+if __name__ == "__main__" and "prefopt" in sys.argv[1].split('"tool":', 1)[-1].split(",", 1)[0]:
+    from prefopt.process import start_over_on_a_whole_heap
+
+    start_over_on_a_whole_heap()
 
 import torch
 from cost_model import matmul_rate

@@ -11,9 +11,10 @@ import torch
 
 from prefopt import memory
 from prefopt.cli import main
-from prefopt.process import KERNELS_KEPT, settle_process
+from prefopt.process import KERNELS_KEPT, NOTHING_ASIDE, settle_process, whole_heap
 
-VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+OF_LIBRARIES = ("GOMP_SPINCOUNT", "LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+VARIABLES = ("GLIBC_TUNABLES", "OMP_WAIT_POLICY", *OF_LIBRARIES)
 PRODUCTS_OF_MANY_LENGTHS = """
 import ctypes, sys
 if sys.argv[1] == "settled":
@@ -31,6 +32,31 @@ weight = torch.randn(64, 64, dtype=torch.bfloat16)
 for length in range(100, 900):
     torch.randn(length, 64, dtype=torch.bfloat16) @ weight
 print(library.mallinfo2().uordblks)
+"""
+
+
+HOLES = """
+import ctypes, sys
+if sys.argv[1] == "whole":
+    from prefopt.process import start_over_on_a_whole_heap
+    start_over_on_a_whole_heap()
+import torch
+
+class Heap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in
+                "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+library = ctypes.CDLL("libc.so.6")
+library.mallinfo2.restype = Heap
+library.mallopt(-3, 2**25)  # blocks of these sizes lie in the heap
+before, small = library.mallinfo2().arena, []
+for _ in range(100):
+    first, second = torch.empty(175_000), torch.empty(175_000)
+    small += [torch.empty(4) for _ in range(20)]
+    del first
+    again = torch.empty(175_000)
+    del second, again
+print(library.mallinfo2().arena - before)
 """
 
 
@@ -52,7 +78,7 @@ def test_what_the_user_set_stays(monkeypatch):
 
 def test_every_command_is_told(capsys):
     main(["--version"])
-    assert {name: os.environ.get(name) for name in VARIABLES[1:]} == {
+    assert {name: os.environ.get(name) for name in OF_LIBRARIES} == {
         "GOMP_SPINCOUNT": "10000",
         "LRU_CACHE_CAPACITY": str(KERNELS_KEPT),
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KERNELS_KEPT),
@@ -68,3 +94,53 @@ def test_kernels_of_ever_new_lengths_do_not_pile_up():
         assert done.returncode == 0, done.stderr
         held[how] = int(done.stdout)
     assert held["settled"] < held["plain"] / 2  # bytes in use: 158 and 531 million
+
+
+GLIBC = pytest.mark.skipif(not hasattr(memory._libc(), "mallinfo2"), reason="no glibc, which is told here")
+
+
+def python(code: str, *words: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@GLIBC
+def test_holes_that_tensors_leave_are_filled_again():
+    whole, plain = (int(python(HOLES, how)) for how in ("whole", "plain"))
+    assert whole < plain / 4  # bytes that the heap grows by for two tensors of 700,000 at a time: 4 and 71 million
+
+
+@GLIBC
+def test_a_program_starts_over_once_as_it_was_called():
+    code = (
+        "import os, sys; from prefopt.process import start_over_on_a_whole_heap; "
+        "print(os.getpid(), flush=True); start_over_on_a_whole_heap(); "
+        "print(os.environ['GLIBC_TUNABLES'], sys.argv[1:])"
+    )
+    first, second, told = python(code, "a word", "--flag").splitlines()
+    assert first == second
+    assert told == f"{NOTHING_ASIDE} ['a word', '--flag']"
+
+
+@GLIBC
+def test_the_command_line_does_and_a_call_within_a_program_does_not(monkeypatch):
+    started = []
+    monkeypatch.setattr("os.execv", lambda *words: started.append(words))
+    assert main(["--version"]) == 0
+    assert not started
+    monkeypatch.setattr("sys.orig_argv", [sys.executable, "-m", "prefopt", "--version"])
+    monkeypatch.setattr("sys.argv", ["prefopt", "--version"])
+    assert main() == 0
+    assert started == [(sys.executable, [sys.executable, "-m", "prefopt", "--version"])]
+
+
+@GLIBC
+def test_what_glibc_was_told_stays():
+    assert whole_heap({"GLIBC_TUNABLES": "glibc.malloc.tcache_count=7"}) is None
+    assert whole_heap({"GLIBC_TUNABLES": "glibc.malloc.perturb=1"}) == f"glibc.malloc.perturb=1:{NOTHING_ASIDE}"
+
+
+def test_elsewhere_nothing_is_told(monkeypatch):
+    monkeypatch.delattr("os.confstr_names", raising=False)
+    assert whole_heap({}) is None

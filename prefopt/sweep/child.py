@@ -19,6 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
+from prefopt.process import TUNABLES, whole_heap
+
 LOOK_EVERY = 0.3
 """Seconds between two looks at the parent."""
 
@@ -82,7 +84,10 @@ def start(command: Sequence[str], log: Path, *, threads: int, environment: Mappi
 def _popen(words: list[str], stream: IO[bytes], threads: int, extra: Mapping[str, str]) -> subprocess.Popen[bytes]:
     numbers = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     paths = [path for path in (os.getcwd(), os.environ.get("PYTHONPATH")) if path]  # a recipe's own module:function
-    environment = {**os.environ, **numbers, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **extra}
+    own = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **numbers}
+    if tunables := whole_heap(os.environ):
+        own[TUNABLES] = tunables
+    environment = {**os.environ, **own, **extra}
     return subprocess.Popen(
         words, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment, start_new_session=True
     )
