@@ -28,7 +28,7 @@ from typing import Any
 
 os.environ.update(TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
 
-if __name__ == "__main__" and "prefopt" in sys.argv[1].split('"tool":', 1)[-1].split(",", 1)[0]:
+if __name__ == "__main__" and "prefopt" in str(json.loads(sys.argv[1])["tool"]):  # before torch takes memory
     from prefopt.process import start_over_on_a_whole_heap
 
     start_over_on_a_whole_heap()

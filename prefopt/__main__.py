@@ -1,5 +1,17 @@
-"""`python -m prefopt` is `prefopt`."""
+"""The program: `prefopt` and `python -m prefopt`."""
 
-from prefopt.cli import main
+from __future__ import annotations
 
-raise SystemExit(main())
+from prefopt.process import start_over_on_a_whole_heap
+
+
+def program() -> int:
+    """Run the command of this process, which begins anew here; within another program call `prefopt.cli.main`."""
+    start_over_on_a_whole_heap()
+    from prefopt.cli import main
+
+    return main()
+
+
+if __name__ == "__main__":
+    raise SystemExit(program())

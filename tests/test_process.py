@@ -10,35 +10,19 @@ import pytest
 import torch
 
 from prefopt import memory
+from prefopt.__main__ import program
 from prefopt.cli import main
 from prefopt.process import KERNELS_KEPT, NOTHING_ASIDE, settle_process, whole_heap
 
 OF_LIBRARIES = ("GOMP_SPINCOUNT", "LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 VARIABLES = ("GLIBC_TUNABLES", "OMP_WAIT_POLICY", *OF_LIBRARIES)
-PRODUCTS_OF_MANY_LENGTHS = """
+# A process that was told or was not, and looks at its heap.
+HEAP = """
 import ctypes, sys
+from prefopt.process import settle_process, start_over_on_a_whole_heap
 if sys.argv[1] == "settled":
-    from prefopt.process import settle_process
     settle_process()
-import torch
-
-class Heap(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in
-                "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
-
-library = ctypes.CDLL("libc.so.6")
-library.mallinfo2.restype = Heap
-weight = torch.randn(64, 64, dtype=torch.bfloat16)
-for length in range(100, 900):
-    torch.randn(length, 64, dtype=torch.bfloat16) @ weight
-print(library.mallinfo2().uordblks)
-"""
-
-
-HOLES = """
-import ctypes, sys
 if sys.argv[1] == "whole":
-    from prefopt.process import start_over_on_a_whole_heap
     start_over_on_a_whole_heap()
 import torch
 
@@ -48,6 +32,14 @@ class Heap(ctypes.Structure):
 
 library = ctypes.CDLL("libc.so.6")
 library.mallinfo2.restype = Heap
+"""
+PRODUCTS_OF_MANY_LENGTHS = """
+weight = torch.randn(64, 64, dtype=torch.bfloat16)
+for length in range(100, 900):
+    torch.randn(length, 64, dtype=torch.bfloat16) @ weight
+print(library.mallinfo2().uordblks)
+"""
+HOLES = """
 library.mallopt(-3, 2**25)  # blocks of these sizes lie in the heap
 before, small = library.mallinfo2().arena, []
 for _ in range(100):
@@ -58,6 +50,13 @@ for _ in range(100):
     del second, again
 print(library.mallinfo2().arena - before)
 """
+GLIBC = pytest.mark.skipif(not hasattr(memory._libc(), "mallinfo2"), reason="no glibc, whose heap is looked at")
+
+
+def python(code: str, *words: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(autouse=True)
@@ -86,28 +85,15 @@ def test_every_command_is_told(capsys):
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="a CPU without 16-bit products")
-@pytest.mark.skipif(not hasattr(memory._libc(), "mallinfo2"), reason="no glibc, whose heap is looked at")
+@GLIBC
 def test_kernels_of_ever_new_lengths_do_not_pile_up():
-    held = {}
-    for how in ("plain", "settled"):
-        done = subprocess.run([sys.executable, "-c", PRODUCTS_OF_MANY_LENGTHS, how], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        held[how] = int(done.stdout)
-    assert held["settled"] < held["plain"] / 2  # bytes in use: 158 and 531 million
-
-
-GLIBC = pytest.mark.skipif(not hasattr(memory._libc(), "mallinfo2"), reason="no glibc, which is told here")
-
-
-def python(code: str, *words: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    settled, plain = (int(python(HEAP + PRODUCTS_OF_MANY_LENGTHS, how)) for how in ("settled", "plain"))
+    assert settled < plain / 2  # bytes in use: 158 and 531 million with 128 kept
 
 
 @GLIBC
 def test_holes_that_tensors_leave_are_filled_again():
-    whole, plain = (int(python(HOLES, how)) for how in ("whole", "plain"))
+    whole, plain = (int(python(HEAP + HOLES, how)) for how in ("whole", "plain"))
     assert whole < plain / 4  # bytes that the heap grows by for two tensors of 700,000 at a time: 4 and 71 million
 
 
@@ -124,14 +110,14 @@ def test_a_program_starts_over_once_as_it_was_called():
 
 
 @GLIBC
-def test_the_command_line_does_and_a_call_within_a_program_does_not(monkeypatch):
+def test_the_program_does_and_a_call_within_another_does_not(monkeypatch):
     started = []
     monkeypatch.setattr("os.execv", lambda *words: started.append(words))
-    assert main(["--version"]) == 0
-    assert not started
     monkeypatch.setattr("sys.orig_argv", [sys.executable, "-m", "prefopt", "--version"])
     monkeypatch.setattr("sys.argv", ["prefopt", "--version"])
     assert main() == 0
+    assert not started
+    assert program() == 0
     assert started == [(sys.executable, [sys.executable, "-m", "prefopt", "--version"])]
 
 

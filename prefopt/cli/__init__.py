@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from prefopt.errors import Interrupted, Problem, UserError
-from prefopt.process import settle_process, start_over_on_a_whole_heap
+from prefopt.process import settle_process
 
 EXTRA = frozenset(
     {
@@ -52,8 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 it worked, 2 a person can mend it, 130 interrupted. An error of prefopt itself is not caught.
     """
-    if arguments is None:  # the program itself, not a call within one
-        start_over_on_a_whole_heap()
     settle_process()
     if os.getcwd() not in sys.path and "" not in sys.path:  # `module:function` of a recipe, as with `python -m`
         sys.path.append(os.getcwd())
