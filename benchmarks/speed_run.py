@@ -11,8 +11,8 @@ started it) at the end of the last step; the floor is what is resident when ever
 loaded. The time to the first step runs from the same moment to the end of step 1: tokenizing, scoring the reference
 where it is scored first, loading.
 
-prefopt's command line starts over on a heap whose blocks merge (`prefopt.process`), so its process does here; TRL has
-no such thing, and its process starts as Python does.
+prefopt's command line starts over on a heap whose blocks merge and seldom collects garbage (`prefopt.process`), so its
+process does here; TRL has no such thing, and its process starts as Python does.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from typing import Any
 os.environ.update(TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
 
 if __name__ == "__main__" and "prefopt" in str(json.loads(sys.argv[1])["tool"]):  # before torch takes memory
-    from prefopt.process import start_over_on_a_whole_heap
+    from prefopt.process import collect_rarely, start_over_on_a_whole_heap
 
     start_over_on_a_whole_heap()
+    collect_rarely()
 
 import torch
 from cost_model import matmul_rate

@@ -17,7 +17,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 import torch
 
+from prefopt.process import collect_rarely
+
 torch.set_num_threads(1)
+collect_rarely()
 
 
 def pytest_collection_finish() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from prefopt import memory
-from prefopt.memory import GROWTH, SPACING, Trimmer, free_models, return_memory
+from prefopt.memory import GROWTH, SPACING, Trimmer, return_memory, unload
 from prefopt_losses import workspace
 
 
@@ -73,9 +74,12 @@ def test_the_real_library_takes_these_options():
     assert library.mallopt(memory._TRIM_THRESHOLD, 2**31 - 1) == 1
 
 
-def test_dropped_models_go_back_at_once(library):
-    free_models()
+def test_a_model_goes_back_at_once_whoever_still_holds_it(library):
+    model = nn.BatchNorm1d(8)
+    held = [*model.parameters(), *model.buffers()]
+    unload(model)
     assert library.calls == 1
+    assert sum(each.untyped_storage().nbytes() for each in held) == 0
 
 
 def test_buffers_of_a_head_go_with_them():

@@ -97,6 +97,32 @@ def test_holes_that_tensors_leave_are_filled_again():
     assert whole < plain / 4  # bytes that the heap grows by for two tensors of 700,000 at a time: 4 and 71 million
 
 
+GARBAGE = """
+import sys
+from prefopt.process import collect_rarely
+
+class Loop:
+    def __init__(self):
+        self.itself = self
+    def __del__(self):
+        sys.stdout.write(f"{self.when} ")
+
+if sys.argv[1] == "rarely":
+    collect_rarely()
+early, Loop.when = Loop(), "early"
+del early
+many = [[] for _ in range(10_000)]
+Loop.when = "at the end"
+late = Loop()
+del late
+"""
+
+
+def test_a_program_looks_for_garbage_seldom_and_not_when_it_ends():
+    assert python(GARBAGE, "as ever") == "early at the end "
+    assert python(GARBAGE, "rarely") == ""
+
+
 @GLIBC
 def test_a_program_starts_over_once_as_it_was_called():
     code = (

@@ -14,7 +14,7 @@ from prefopt.batching import RaggedBatch, make_batch
 from prefopt.data.groups import PromptGroup
 from prefopt.errors import ModelError, Problem
 from prefopt.forward import Scorer, score
-from prefopt.memory import free_models
+from prefopt.memory import collect_and_return_memory
 from prefopt.reference.build_plan import (
     BuildPlan,
     Texts,
@@ -234,7 +234,7 @@ class _Build:
                 yield result
                 continue
             # Outside of the handler, whose traceback holds the tensors of the failed batch.
-            free_models()
+            collect_and_return_memory()
             self._halve(batch, refused)
             parts[:0] = _halves(part)
 

@@ -15,7 +15,7 @@ from prefopt.data.groups import GroupDataset, PromptGroup
 from prefopt.errors import CacheError, Problem
 from prefopt.forward import Scorer, Settled
 from prefopt.layout import probe_group, settle_layout
-from prefopt.memory import free_models
+from prefopt.memory import unload
 from prefopt.models import ModelSource, default_device, load_model
 from prefopt.paths import cache_root
 from prefopt.prepare import Prepared, reference_source, resolve_token_budget
@@ -132,8 +132,8 @@ def _lazy_scorer(source: ModelSource, recipe: Recipe, dataset: GroupDataset) -> 
     try:
         yield scorer
     finally:
-        loaded.clear()
-        free_models()
+        for one in loaded:
+            unload(one)
 
 
 def load_reference(
@@ -160,5 +160,4 @@ def reference_in_memory(
     try:
         yield scorer
     finally:
-        del scorer
-        free_models()
+        unload(scorer)

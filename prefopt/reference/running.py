@@ -17,7 +17,7 @@ from prefopt.data.groups import GroupDataset
 from prefopt.feed import Feed, Partners
 from prefopt.forward import CompletionLogProbs, ReferenceLogps, Scorer, Settled
 from prefopt.layout import probe_group
-from prefopt.memory import free_models
+from prefopt.memory import return_memory, unload
 from prefopt.models import ModelSource
 from prefopt.prepare import Prepared, reference_source
 from prefopt.reference.build import BuildReport
@@ -101,9 +101,11 @@ class RunReference:
         if self._policy is not None:
             forget(self._policy.model, MOVING)
             forget(self._policy.model, FROZEN)
+        moving = self.__dict__.pop("moving", None)
+        if moving is not None and isinstance(moving.logps, OnlineLogps):  # a second model
+            unload(moving.logps.scorer)
         self.logps, self._policy = {}, None
-        self.__dict__.pop("moving", None)
-        free_models()
+        return_memory()
 
     def sync_facts(self, steps: int) -> dict[str, Any] | None:
         """Say how the reference moved in so many steps, for the record; None where it stayed."""

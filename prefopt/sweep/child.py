@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from prefopt.process import TUNABLES, whole_heap
+from prefopt.process import TUNABLES, collect_rarely, whole_heap
 
 LOOK_EVERY = 0.3
 """Seconds between two looks at the parent."""
@@ -106,6 +106,7 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    collect_rarely()
     from prefopt.cli import main as prefopt
 
     return prefopt(command)
