@@ -162,10 +162,12 @@ def measure(
                 "trl_checkpointing": arguments.trl_checkpointing, "interleaved": arguments.interleaved,
             }  # fmt: skip
             for figures in run(job, folder / "figures.json"):
-                figures["operations"] = operations(
-                    figures["tool"], workload.shape, counted, batch=BATCH, lora=workload.lora,
-                    checkpointing=arguments.trl_checkpointing,
-                    whole_attention=precision == "bf16" and torch.cpu._is_amx_tile_supported(),
+                figures["operations"], figures["model_operations"] = (
+                    operations(
+                        figures["tool"], workload.shape, counted, batch=BATCH, lora=workload.lora,
+                        checkpointing=arguments.trl_checkpointing, whole_model=whole,
+                        whole_attention=precision == "bf16" and torch.cpu._is_amx_tile_supported(),
+                    ) for whole in (False, True)
                 )  # fmt: skip
                 own.append(figures)
     runs += own

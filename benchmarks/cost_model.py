@@ -4,7 +4,8 @@
 
 FIGURES is what `compare_trl.py --json` wrote: the program then prints measured ratios beside predicted ones, and
 
-    eff = operations / (time x rate of matrix products, measured beside it)
+    eff        = the model's operations / (time x rate that matrix products keep up, measured beside it)
+    eff (hard) = computed operations / (time x rate of the fastest of these products)
 
     forward over T computed tokens with causal area A (sum of squared lengths):  F(T, A) = 2 N T + 2 L d A
     head per scored token:                                                       h = 2 V H
@@ -13,8 +14,10 @@ N are the parameters of matrix products without embedding and head, d = heads x 
 forwards (3 with all weights trained, 2 with an adapter, 1 more where activations are recomputed) and u head products
 (3 where the gradient is made with the value, 4 where logits are recomputed, 1 less with a frozen head). An online
 reference adds one forward and one head product. TRL pads to the longest row of a batch, and off CUDA its head scores
-every position of every row. prefopt's last MLP and attention see scored positions only; in bf16 on a CPU with AMX
-that attention is whole.
+every position of every row. prefopt's last MLP and attention see scored positions only (in bf16 on a CPU with AMX
+that attention is whole): what is left out counts among the model's operations, as it does where anybody states an MFU,
+and not among the computed ones, by which `predicted` goes. A step lasts seconds, so what it could reach at best is a
+rate that products keep up over some time; on a machine with neighbours that is up to a fifth below the fastest one.
 """
 
 from __future__ import annotations
@@ -110,17 +113,19 @@ def operations(
     lora: bool,
     checkpointing: bool = False,
     whole_attention: bool = False,
+    whole_model: bool = False,
 ) -> float:
     """Operations of a tool's mean step over these pairs; what a cache or a first pass computed is not in it.
 
-    With `whole_attention` our last attention computes prompts too, which nobody reads.
+    With `whole_attention` our last attention computes prompts too, which nobody reads. `whole_model` counts all that
+    the last layer could compute, whether it does or not.
     """
     k, u = 2 if lora else 3, 2 if lora else 3
     steps = len(pairs) / batch
     if tool.startswith("prefopt"):
         layout = unshared(pairs) if tool.endswith("unshared") else shared(pairs)
-        unread = 2 * shape.last_mlp * (layout.tokens - layout.scored)
-        if not whole_attention:
+        unread = 0.0 if whole_model else 2 * shape.last_mlp * (layout.tokens - layout.scored)
+        if not (whole_attention or whole_model):
             unread += 2 * shape.width * layout.prompts
         return (shape.step(layout, k=k, u=u) - k * unread) / steps
     online = not tool.startswith("trl-precomputed")
@@ -128,18 +133,23 @@ def operations(
     return shape.step(layout, k=k + online + checkpointing, u=u + 1 + online) / steps
 
 
-def matmul_rate(dtype: torch.dtype, *, seconds: float = 0.3) -> float:
-    """Operations per second of the better of two products at its fastest, into memory that is already there."""
-    best = 0.0
+def matmul_rates(dtype: torch.dtype, *, seconds: float = 0.3) -> tuple[float, float]:
+    """Operations per second that one of two products keeps up, and those of the fastest single product.
+
+    They write into memory that is there; each runs for as long as `seconds`.
+    """
+    kept = fastest = 0.0
     for rows, inner, columns in RATE_SHAPES:
         left, right = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype).t()
         product = torch.empty(rows, columns, dtype=dtype)
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
+        operations, spent = 2 * rows * inner * columns, []
+        while sum(spent) < seconds:
             began = time.perf_counter()
             torch.mm(left, right, out=product)
-            best = max(best, 2 * rows * inner * columns / (time.perf_counter() - began))
-    return best
+            spent.append(time.perf_counter() - began)
+        warm = spent[1:] or spent
+        kept, fastest = max(kept, operations * len(warm) / sum(warm)), max(fastest, operations / min(warm))
+    return kept, fastest
 
 
 def seconds_a_step(run: dict[str, Any]) -> float:
@@ -147,9 +157,10 @@ def seconds_a_step(run: dict[str, Any]) -> float:
     return statistics.mean(run["steps_s"])
 
 
-def efficiency(run: dict[str, Any]) -> float:
-    """Share of the rate measured before and after that the timed steps of a run reached."""
-    return float(run["operations"] / seconds_a_step(run) / statistics.mean(run["matmul_rate"]))
+def efficiency(run: dict[str, Any], *, hard: bool = False) -> float:
+    """Share of what products could do in the time of a run's steps, by rates measured before and after them."""
+    done, rates = ("operations", "fastest_matmul") if hard else ("model_operations", "matmul_rate")
+    return float(run[done] / seconds_a_step(run) / statistics.mean(run[rates]))
 
 
 def paired_ratios(
@@ -181,8 +192,8 @@ def main() -> None:
     runs = [run for run in runs if run["workload"] == arguments.workload]
     tools = list(dict.fromkeys(run["tool"] for run in runs)) or TOOLS
     pairs = random_lengths(workload, arguments.pairs)
-    print("| precision | tool | GFLOP per step | predicted x prefopt | measured x prefopt | eff |")
-    print("|---|---|---|---|---|---|")
+    print("| precision | tool | GFLOP per step | predicted x prefopt | measured x prefopt | eff | eff (hard) |")
+    print("|---|---|---|---|---|---|---|")
     for precision in sorted({run["precision"] for run in runs}) or ["fp32"]:
         own = [run for run in runs if run["precision"] == precision]
         predicted = {run["tool"]: run["operations"] for run in own} or {
@@ -190,11 +201,13 @@ def main() -> None:
         }
         for tool in tools:
             measured = paired_ratios(own, tool)
-            eff = [efficiency(run) for run in own if run["tool"] == tool]
+            mine = [run for run in own if run["tool"] == tool]
+            eff, hard = ([efficiency(run, hard=each) for run in mine] for each in (False, True))
             print(
                 f"| {precision} | {tool} | {predicted[tool] / 1e9:,.0f} | {predicted[tool] / predicted[tools[0]]:.2f} "
                 f"| {statistics.median(measured) if measured else float('nan'):.2f} "
-                f"| {statistics.median(eff) if eff else float('nan'):.2f} |"
+                f"| {statistics.median(eff) if eff else float('nan'):.2f} "
+                f"| {statistics.median(hard) if hard else float('nan'):.2f} |"
             )
 
 

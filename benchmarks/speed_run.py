@@ -35,7 +35,7 @@ if __name__ == "__main__" and "prefopt" in str(json.loads(sys.argv[1])["tool"]):
     collect_rarely()
 
 import torch
-from cost_model import matmul_rate
+from cost_model import matmul_rates
 
 Job = dict[str, Any]
 
@@ -49,7 +49,8 @@ class Clock:
         self.times: list[float] = []
         self.losses: list[float] = []
         self.resident: list[int] = []
-        self.rates: list[float] = []
+        self.rates: list[tuple[float, float]] = []
+        """What products keep up, and the fastest of them."""
         self.scored: list[list[int]] = [[0, 0]]
         """Per step: completion tokens, and the sum of all token ids of all rows; two trainers must agree."""
         self.floor = self.peak = 0
@@ -73,16 +74,18 @@ class Clock:
         if len(self.times) == self.total:
             self.peak = peak()
         if len(self.times) in (self.warmup, self.total):
-            self.rates.append(matmul_rate(self.dtype))
+            self.rates.append(matmul_rates(self.dtype))
         self.hand_over()
         self.since = time.perf_counter()
 
     def figures(self) -> dict[str, Any]:
         """Everything that was noted."""
         steps = self.times[self.warmup :]
+        kept, fastest = map(list, zip(*self.rates, strict=True))
         return {
             "steps_s": steps, "first_step_s": self.times[0],
-            "losses": self.losses, "scored": self.scored[self.warmup : self.total], "matmul_rate": self.rates,
+            "losses": self.losses, "scored": self.scored[self.warmup : self.total], "matmul_rate": kept,
+            "fastest_matmul": fastest,
             "peak_bytes": self.peak, "floor_bytes": self.floor, "resident_bytes": self.resident,
             "reference_s": self.reference_s, "load": os.getloadavg()[0],
         }  # fmt: skip

@@ -13,7 +13,8 @@ from cost_model import efficiency, paired_ratios, seconds_a_step
 Figures = dict[str, Any]
 HEADER = (
     "| tool | s/step: median (range) | pairs/s | prefopt is faster by: median | at least (95 %) | range "
-    "| at equal rate | predicted | eff | matmul GF/s | peak GiB | floor GiB | first step s | of it reference s |"
+    "| at equal rate | predicted | eff | eff (hard) | matmul GF/s (fastest) | peak GiB | floor GiB | first step s "
+    "| of it reference s |"
 )
 
 
@@ -30,12 +31,15 @@ def table(name: str, precision: str, runs: Sequence[Figures]) -> list[str]:
         equal = statistics.median(paired_ratios(runs, tool, tools[0], at_equal_rate=True))
         faster = f"{statistics.median(ratios):.2f} | {lower_bound(ratios)[0]:.2f} | {low:.2f} to {high:.2f}"
         rates = [rate / 1e9 for run in own for rate in run["matmul_rate"]]
+        fastest = max(rate / 1e9 for run in own for rate in run["fastest_matmul"])
+        eff, hard = (statistics.median(efficiency(run, hard=each) for run in own) for each in (False, True))
         lines.append(
             f"| {tool} | {statistics.median(times):.3f} ({min(times):.3f} to {max(times):.3f}) "
             f"| {own[0]['batch'] / statistics.median(times):.2f} | {'1 | | ' if tool == tools[0] else faster} "
             f"| {equal:.2f} | {operations[tool] / operations[tools[0]]:.2f} "
-            f"| {statistics.median(map(efficiency, own)):.2f} "
-            f"| {min(rates):.0f} to {max(rates):.0f} | {max(run['peak_bytes'] for run in own) / 2**30:.2f} "
+            f"| {eff:.2f} | {hard:.2f} "
+            f"| {min(rates):.0f} to {max(rates):.0f} ({fastest:.0f}) "
+            f"| {max(run['peak_bytes'] for run in own) / 2**30:.2f} "
             f"| {max(run['floor_bytes'] for run in own) / 2**30:.2f} "
             f"| {statistics.median(run['first_step_s'] for run in own):.1f} "
             f"| {statistics.median(run['reference_s'] for run in own):.1f} |"

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -112,6 +113,11 @@ def test_what_nobody_reads_of_the_last_mlp_is_not_counted(rooms, llama):
         whole, less = (cost_model.operations(tool, each, pairs, batch=2, lora=False) for each in (llama, narrow))
         return whole - less
 
+    for tool in ("prefopt", "prefopt-unshared"):
+        all_of_it = [
+            cost_model.operations(tool, each, pairs, batch=2, lora=False, whole_model=True) for each in (llama, narrow)
+        ]
+        assert all_of_it[0] == all_of_it[1] > cost_model.operations(tool, llama, pairs, batch=2, lora=False)
     assert saved("prefopt") == pytest.approx(3 * 2 * mlp * (64 + 8))
     assert saved("prefopt-unshared") == pytest.approx(3 * 2 * mlp * 2 * (64 + 8))
     assert saved("trl") == 0
@@ -127,8 +133,15 @@ def test_the_lower_bound_of_a_median_is_an_order_statistic(rooms):
 
 
 def test_efficiency_is_operations_over_time_and_rate(rooms):
-    run = {"operations": 100.0, "steps_s": [1.0, 3.0], "matmul_rate": [90.0, 110.0]}
-    assert rooms[0].efficiency(run) == 0.5
+    done = {"operations": 100.0, "model_operations": 120.0}
+    run = {**done, "steps_s": [1.0, 3.0], "matmul_rate": [70.0, 90.0], "fastest_matmul": [90.0, 110.0]}
+    assert rooms[0].efficiency(run) == 0.75
+    assert rooms[0].efficiency(run, hard=True) == 0.5
+
+
+def test_no_product_is_faster_than_the_fastest(rooms):
+    kept, fastest = rooms[0].matmul_rates(torch.float32, seconds=0.01)
+    assert 0 < kept <= fastest
 
 
 def test_ratios_are_taken_between_runs_that_alternated(rooms):
