@@ -6,15 +6,17 @@ bytes of the compute dtype:
 
     norm            its input, its normalised input and its output: 12 h in fp32; under autocast the first two are fp32
                     (8 h), and the layers that read the output share a cast (`prefopt.shared_casts`) before attention
-                    and MLP, 2 h each; 8 h with 16-bit weights
+                    and MLP, 2 h each; 8 h with 16-bit weights. An RMS norm (`prefopt.lean_layers`) not the second: 8 h,
+                    4 h and 4 h
     attention       w (3 d + 4 k): queries, keys, values, the output of every segment and all of them joined; keys and
                     values of a prompt once more for its further completions
     scores          only where they are held (soft-caps and sinks, off the fused kernels): 2 copies in fp32, one in w
     products        (the attention back end) w (2 d + 2 k), 3 of each where one matrix makes queries, keys and values;
                     with 16 bits 2 d more, for queries are fp32, and under autocast 2 k, for rotated keys are;
                     and 4 bytes per head for each probability that stays
-    MLP             4 w m with a gate (gate, its activation, the other branch, their product); 5 w m without; 6 w m with
-                    experts, which autocast leaves in fp32
+    MLP             4 w m with a gate (gate, its activation, the other branch, their product), 3 w m where the
+                    activation is computed again (`prefopt.lean_layers`); 5 w m without; 6 w m with experts, which
+                    autocast leaves in fp32
     adapter         nothing more, but where it is fp32 on 16-bit layers: an fp32 copy of what every adapted layer reads
 
 The last layer's MLP keeps less, only what is read: that is left out, for with many layers it is little.
@@ -30,6 +32,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from prefopt.lean_layers import looks_gated, looks_like_a_norm
 
 FUSED_INPUTS = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
 """Linear layers that make queries, keys and values at once."""
@@ -58,6 +62,10 @@ class DecoderShape:
     experts: bool = False
     fused: bool = False
     """Whether queries, keys and values are views of one tensor, which stays as long as one of them."""
+    lean_norms: bool = False
+    """Whether norms keep their input only."""
+    lean_gate: bool = False
+    """Whether the gate's activation is computed again."""
     adapted: int = 0
     """Inputs of one layer's linear layers that have an fp32 adapter, together."""
 
@@ -86,6 +94,8 @@ def shape_of(model: nn.Module) -> DecoderShape:
         scores=sinks or getattr(config, "attn_logit_softcapping", None) is not None,
         experts=bool(getattr(config, "num_experts_per_tok", None)),
         fused=any(name in FUSED_INPUTS for name in names),
+        lean_norms=any(looks_like_a_norm(module) for module in layer.modules()),
+        lean_gate=any(looks_gated(module) for module in layer.modules()),
         adapted=sum(
             p.shape[1] for name, p in layer.named_parameters() if ".lora_A." in name and p.dtype == torch.float32
         ),
@@ -114,7 +124,7 @@ def layer_bytes(
         probabilities: with `prefopt.attention.products`, those of a head that stay, per token; None with another.
     """
     wide = 4 if precision == "fp32" else 2
-    norm = {"fp32": 12, "bf16": 8, "bf16-pure": 8}[precision]
+    norm = {"fp32": 8, "bf16": 4, "bf16-pure": 4} if shape.lean_norms else {"fp32": 12, "bf16": 8, "bf16-pure": 8}
     normed = shape.norms * shape.hidden + (shape.queries + shape.keys) * shape.head_norms
     casts = 2 * 2 * shape.hidden if precision == "bf16" else 0
     attention = wide * (3 * shape.queries + 4 * shape.keys)
@@ -123,11 +133,11 @@ def layer_bytes(
         attention = wide * (2 + shape.fused) * (shape.queries + shape.keys)
         attention += 2 * shape.queries * (precision != "fp32") + 2 * shape.keys * (precision == "bf16")
         scores = 4 * shape.heads * probabilities
-    mlp = wide * shape.inner * (4 if shape.gated else 5)
+    mlp = wide * shape.inner * (3 if shape.lean_gate else 4 if shape.gated else 5)
     if shape.experts:
         mlp = (2 if precision == "bf16-pure" else 4) * 6 * shape.inner
     copies = 4 * shape.adapted if precision == "bf16-pure" else 0
-    return norm * normed + casts + attention + scores + mlp + copies
+    return norm[precision] * normed + casts + attention + scores + mlp + copies
 
 
 def activation_bytes(
