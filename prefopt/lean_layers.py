@@ -69,7 +69,7 @@ def _added_to_weight(module: Any) -> float | None:
     weight = module.weight.detach()
     if weight.is_meta:
         return None
-    x = torch.linspace(-2, 3, 2 * len(weight), device=weight.device).view(2, -1)
+    x = torch.linspace(-2, 3, 2 * len(weight), device=weight.device).view(2, len(weight))
     with torch.no_grad(), suppress(RuntimeError, TypeError, ValueError):
         own = module(x)
         normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _epsilon(module))
