@@ -8,8 +8,8 @@ Here each is one node of the graph:
     dx = r (s - n mean(s n)),  s = dy (w + c),  dw = sum dy n
     y = act(g) u                                                 keeps g and u, and computes act(g) once more
 
-A Llama's layer that trains keeps 16 instead of 22 hidden states in fp32. Forward, the layer's own code runs, so outputs
-are its own to the bit; a gate's gradients are too, a norm's are computed in fp32 throughout. Layers are taken for what
+By arithmetic a Llama's layer keeps 20 to 23 % less in fp32 and 24 to 29 % in 16 bit. Forward, the layer's own code runs,
+so outputs are its own to the bit; a gate's gradients are too, a norm's are computed in fp32 throughout. Layers are taken for what
 they compute, not for their name: one whose own output is another than these formulas' stays as it is. A layer that is
 taken gets a subclass of its class, as torch's parametrizations do, so nothing refers to itself and checkpoints stay.
 """
@@ -87,13 +87,17 @@ def _is_gated(module: Any) -> bool:
         return False
     dtype = first.dtype if first.is_floating_point() else torch.float32
     x = torch.linspace(-1, 1, width, device=first.device, dtype=dtype)[None]
-    devices = [first.device] if first.device.type == "cuda" else []
-    with suppress(RuntimeError, TypeError, ValueError), torch.no_grad(), torch.random.fork_rng(devices):
-        torch.manual_seed(0)  # an adapter may have dropout
-        own = module(x)
-        torch.manual_seed(0)
-        return torch.equal(own, module.down_proj(module.act_fn(module.gate_proj(x)) * module.up_proj(x)))
-    return False
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()  # an adapter may have dropout
+    try:
+        with torch.no_grad():
+            formula = module.down_proj(module.act_fn(module.gate_proj(x)) * module.up_proj(x))
+            return torch.equal(module(x), formula)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 class _Lean:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import prefopt.forward
+from prefopt.adapters import add_lora
 from prefopt.forward import Scorer, autocast
 from prefopt.lean_layers import _Lean, keep_less
 
@@ -25,6 +26,7 @@ def outcome(name: str, precision: str, **options: bool) -> tuple[torch.Tensor, d
     """Log-probs and gradients of one pass."""
     torch.manual_seed(0)
     scorer = tiny_scorer(name, precision, **options)
+    assert bool(lean(scorer)) == (prefopt.forward.keep_less is keep_less)
     with autocast(CPU, precision):
         sums = scorer(some_batch()).sums
     sums.square().mean().backward()
@@ -63,6 +65,7 @@ def test_a_norms_gradient_in_16_bit_is_nearer_to_the_exact_one(weights, seed):
     own = own.to(weights)
     exact, mine = copy.deepcopy(own).double(), copy.deepcopy(own)
     keep_less(mine)
+    assert isinstance(mine, _Lean)
 
     def gradients(norm: nn.Module, dtype: torch.dtype) -> list[torch.Tensor]:
         given = x.to(dtype).requires_grad_()
@@ -140,6 +143,15 @@ def test_a_layer_that_is_taken_is_still_what_it_was():
     assert lean(model) == taken
     assert len(taken) == 4 * 2 + 1 + 2  # norms of layers, queries and keys, the last one, and MLPs
     assert (list(model.state_dict()), str(model)) == before
+
+
+def test_dropout_of_an_adapter_hides_no_gate_and_stays_on():
+    model = add_lora(tiny_model("llama"), rank=2, alpha=4.0, dropout=0.5, targets="all-linear").train()
+    drawn = torch.get_rng_state()
+    keep_less(model)
+    assert sum(name.endswith("mlp") for name in lean(model)) == 2
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), drawn)
 
 
 def test_nothing_holds_itself():
