@@ -31,6 +31,7 @@ from prefopt.errors import ModelError, Problem
 from prefopt.kept_gradients import KeptGradients
 from prefopt.last_layer import LastLayer
 from prefopt.lean_layers import keep_less
+from prefopt.linear_layers import multiply_faster
 from prefopt.memory import Trimmer
 from prefopt.shared_casts import share_casts
 from prefopt_losses import workspace
@@ -88,8 +89,8 @@ class Scorer(nn.Module):
     """A causal language model as a function from a batch to completion log-probs.
 
     It hooks the model's last layer, which computes what is read of a row of shared prompts (`prefopt.last_layer`), and
-    its linear layers, which share the casts of what they read (`prefopt.shared_casts`); its norms and gated MLPs keep
-    less for the backward pass (`prefopt.lean_layers`).
+    its linear layers, which share the casts of what they read (`prefopt.shared_casts`) and multiply as is fastest here
+    (`prefopt.linear_layers`); its norms and gated MLPs keep less for the backward pass (`prefopt.lean_layers`).
     """
 
     def __init__(self, model: nn.Module, *, layout: Layout = "shared") -> None:
@@ -101,6 +102,7 @@ class Scorer(nn.Module):
         self.last_layer = LastLayer(self.language_model)
         keep_less(self.language_model)
         share_casts(decoder_layers(self.language_model))
+        multiply_faster(decoder_layers(self.language_model))
         self.set_layout(layout)
 
     def set_layout(self, layout: Layout, backend: Backend = "sdpa") -> None:

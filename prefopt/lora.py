@@ -15,7 +15,9 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from prefopt.linear_layers import is_plain
 from prefopt.shared_casts import cast_once
+from prefopt_losses.products import linear, matmul
 
 
 class LoraLinear(Linear):
@@ -42,7 +44,7 @@ class LoraLinear(Linear):
             return None
         dropout, base = self.lora_dropout[name], self.base_layer
         drops = self.training and getattr(dropout, "p", 0.0) > 0
-        plain = type(base) is nn.Linear and not base.weight.requires_grad
+        plain = is_plain(base) and not base.weight.requires_grad
         held = {self.lora_A[name].weight.dtype, self.lora_B[name].weight.dtype}
         if plain and not torch.is_autocast_enabled(base.weight.device.type):  # which gives everything one dtype
             held.add(base.weight.dtype)
@@ -62,7 +64,7 @@ def hold_bases_in(model: nn.Module, dtype: torch.dtype) -> None:
     Products are what they were: autocast would make the same numbers of them in every pass, forward and back.
     """
     for module in model.modules():
-        if isinstance(module, LoraLinear) and type(module.base_layer) is nn.Linear:
+        if isinstance(module, LoraLinear) and is_plain(module.base_layer):
             weight = module.base_layer.weight
             if not weight.requires_grad:  # a new one, for the old one can be an embedding too
                 module.base_layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
@@ -83,7 +85,7 @@ class _LoraProduct(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             rows = x.reshape(-1, x.shape[-1]).to(dtype)
             inner = rows @ down.to(dtype).T
-            output = nn.functional.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+            output = linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
             output.addmm_(inner, up.to(dtype).T, alpha=scale)
         ctx.save_for_backward(rows, inner, weight, down, up)
         ctx.shape, ctx.dtype, ctx.scale = x.shape, x.dtype, scale
@@ -98,7 +100,7 @@ class _LoraProduct(torch.autograd.Function):
             of_inner = (grad @ up.to(grad.dtype)).mul_(ctx.scale)
             of_x = None
             if ctx.needs_input_grad[0]:
-                of_x = (grad @ weight.to(grad.dtype)).addmm_(of_inner, down.to(grad.dtype))
+                of_x = matmul(grad, weight.to(grad.dtype)).addmm_(of_inner, down.to(grad.dtype))
                 of_x = of_x.reshape(ctx.shape).to(ctx.dtype)
             of_down = (of_inner.T @ rows).to(down.dtype)
             of_up = (grad.T @ inner).mul_(ctx.scale).to(up.dtype)

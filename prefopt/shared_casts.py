@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from prefopt.linear_layers import is_plain
+
 Copy = tuple["weakref.ref[Tensor]", int, "weakref.ref[Tensor]"]
 
 
@@ -29,7 +31,7 @@ def share_casts(layers: Iterable[nn.Module]) -> None:
     """Let the plain linear layers in each of a decoder's layers share the casts of their inputs."""
     for layer in layers:
         for module in layer.modules():
-            if type(module) is nn.Linear and _before not in module._forward_pre_hooks.values():
+            if is_plain(module) and _before not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(_before)
 
 

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the ground up: a room imports rooms of its own floor or below.
 FLOORS = [
-    ["errors", "memory", "paths", "process", "schedule", "shared_casts", "lean_layers"],
+    ["errors", "memory", "paths", "process", "schedule", "linear_layers", "shared_casts", "lean_layers"],
     ["recipe"],
     ["data", "sandbox", "lora"],
     ["batching", "models", "adapters", "quantization", "prefetch"],

@@ -93,5 +93,5 @@ def test_gradients_are_added_in_32_bits():
 def test_two_scorers_of_a_model_hook_it_once():
     model = tiny_model("llama")
     Scorer(model), Scorer(model)
-    hooks = [len(m._forward_pre_hooks) for m in model.model.layers.modules() if type(m) is nn.Linear]
+    hooks = [len(m._forward_pre_hooks) for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
     assert set(hooks) == {1}

@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from prefopt_losses.errors import LossError
-from prefopt_losses.head import Head, product, product_dtype, result_dtype, tile_size, tiles
+from prefopt_losses.head import Head, product_dtype, result_dtype, tile_size, tiles
+from prefopt_losses.products import matmul, matmul_into, product
 from prefopt_losses.workspace import borrow, give_back
 
 KEPT_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
@@ -154,7 +155,7 @@ class _ChunkedHead(torch.autograd.Function):
             for tile in tiles(len(targets), size):
                 logps[tile] = scorer.logps(tile)
                 if slopes is not None:
-                    slopes[tile] = scorer.logit_slopes(tile).to(hidden.dtype) @ head.weight
+                    slopes[tile] = matmul(scorer.logit_slopes(tile).to(hidden.dtype), head.weight)
                 elif kept is not None and (rows := kept[tile]).shape[0]:
                     rows.copy_(scorer.logit_slopes(tile)[: len(rows)])
         ctx.save_for_backward(hidden, head.weight, bias, targets)
@@ -231,7 +232,7 @@ class _Tiles:
         """Write W h of a tile into `logits`."""
         weight = self.head.weight
         if self._low is None:
-            logits.copy_(product(hidden, weight.t())) if hidden.is_cuda else torch.mm(hidden, weight.t(), out=logits)
+            logits.copy_(product(hidden, weight.t())) if hidden.is_cuda else matmul_into(logits, hidden, weight.t())
             return
         # The product answers in 16 bit here, off by up to 2^-9 of a logit: the target's own one is computed in fp32.
         logits.copy_(torch.mm(hidden, weight.t(), out=self._low[: len(hidden)]))
@@ -273,7 +274,7 @@ class _Gradients:
         """Take the slopes (positions, vocab) of a tile in, in the dtype of the hidden states."""
         grad = self._grad_logps[tile, None]
         if self.hidden is not None:
-            torch.mul(slopes @ self._head, grad.to(slopes.dtype), out=self.hidden[tile])
+            torch.mul(matmul(slopes, self._head), grad.to(slopes.dtype), out=self.hidden[tile])
         if self._needs_weight:
             scaled = (self._hidden[tile] * grad).to(slopes.dtype)
             if self._weight is None:

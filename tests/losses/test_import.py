@@ -92,6 +92,7 @@ ORDER = [
 ]
 # None of ORDER needs these.
 BESIDE = {
+    "products",
     "head",
     "workspace",
     "logps",
