@@ -4,6 +4,7 @@
     python benchmarks/compare_trl.py --workload alpaca --data PAIRS.jsonl.gz
     python benchmarks/compare_trl.py --workload body-256-128 --sharing
     python benchmarks/compare_trl.py --workload reference --growth 200
+    python benchmarks/compare_trl.py --device cuda --workload llama-8b-lora --precision bf16 --runs 3 --steps 4
 
 Both tools get the same weights, token ids, order, batch, loss, AdamW (fused), learning rate and clipping, and train
 in their own loops. The pairs are the draw whose padding and sharing are most like those of all pairs, and a run's
@@ -16,6 +17,8 @@ fp32 the losses must agree to 1e-4. Otherwise the program fails and prints no ta
     trl-precomputed          reference log-probs computed before the first step
     trl-precomputed-compact  the same, patched to score completion positions only, as it does on CUDA
 
+On an accelerator frozen weights are bf16 in both tools, and TRL's head scores completions only, as it does there; run
+`pytest tests/test_attention.py` first, whose last tests hold the flash kernel of that machine against one by hand.
 TRL runs without gradient checkpointing unless --trl-checkpointing, though it is its default: that favours TRL.
 How a step is timed stands in speed_run.py, what is patched in speed_trainers.py, `eff` and `predicted` in
 cost_model.py. The lower bound of a ratio is exact (order statistics); `at equal rate` counts
@@ -44,8 +47,8 @@ from speed_tables import growth, largest_difference, sharing, table
 from speed_workloads import (
     BATCH,
     WORKLOADS,
-    Workload,
     bpe_tokenizer,
+    held_in,
     make_model,
     read_real_pairs,
     waste,
@@ -92,6 +95,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a run")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them, at least one")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--trl-micro-batch", type=int, default=BATCH, help="pairs that TRL computes at a time")
     parser.add_argument("--data", type=Path, help="preference pairs for alpaca: JSON lines, plain or .gz")
     parser.add_argument("--max-length", type=int, help="longest prompt with completion; 512 for alpaca, else unlimited")
     parser.add_argument("--trl-checkpointing", action="store_true", help="TRL's default: recompute activations")
@@ -100,7 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, help="the tables")
     arguments = parser.parse_args()
     if arguments.small:
-        vars(arguments).update(workload=["small", "small-lora"], runs=min(arguments.runs, 2), steps=2)
+        vars(arguments).update(workload=["small", "small-lora", "small-qlora"], runs=min(arguments.runs, 2), steps=2)
     if arguments.sharing:
         arguments.tools = ["prefopt", "prefopt-unshared"]
     if arguments.growth:
@@ -109,6 +114,12 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--interleaved: expected --tools prefopt and one of TRL's, for what is patched holds process-wide")
     if "alpaca" in arguments.workload and arguments.data is None:
         parser.error("--workload alpaca: expected --data PAIRS.jsonl.gz with prompt, chosen and rejected")
+    if any(WORKLOADS[name].large for name in arguments.workload) and arguments.device == "cpu":
+        parser.error("--workload: expected --device cuda, for a model of that size")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: expected an accelerator that torch sees, found none")
+    if BATCH % arguments.trl_micro_batch:
+        parser.error(f"--trl-micro-batch: expected a divisor of {BATCH}")
     if arguments.tools[0] != "prefopt":
         parser.error("--tools: expected prefopt as the first, for the others are compared with it")
     if min(arguments.warmup, arguments.runs, arguments.steps) < 1:
@@ -124,6 +135,8 @@ def conditions(arguments: argparse.Namespace) -> str:
     name = next((line.split(":")[1].strip() for line in described.splitlines() if "model name" in line), "")
     known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     flags = ", ".join(f"{'' if f' {flag}' in described else 'no '}{flag}" for flag in known)
+    if arguments.device == "cuda":
+        name = f"{torch.cuda.get_device_name()} beside {name}"
     processes = "both tools in ONE process (flatters us)" if arguments.interleaved else "each in a process of its own"
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "trl", "peft"))
     return (
@@ -144,10 +157,10 @@ def measure(
     show: Callable[[list[str]], None],
 ) -> None:  # fmt: skip
     """Run every tool in turn, and show what came of it."""
-    workload, steps = WORKLOADS[name], arguments.warmup + arguments.steps
+    workload, steps, on_gpu = WORKLOADS[name], arguments.warmup + arguments.steps, arguments.device == "cuda"
     max_length = arguments.max_length or (512 if name == "alpaca" else 4096)
     uncounted = arguments.warmup * BATCH
-    usual, pairs = prepare(folder, name, workload, steps * BATCH, uncounted, arguments.data, max_length)
+    usual, pairs = prepare(folder, name, steps * BATCH, uncounted, arguments, max_length)
     counted = pairs[uncounted:]
     tools = ["trl-adapter-off" if tool == "trl" and workload.lora else tool for tool in arguments.tools]
     own: list[Figures] = []
@@ -159,14 +172,18 @@ def measure(
                 "output": str(folder / f"{'-'.join(tool) if arguments.interleaved else tool}-{number}"),
                 "steps": steps, "warmup": arguments.warmup, "batch": BATCH, "beta": 0.1,
                 "learning_rate": 1e-3 if workload.lora else 1e-4, "threads": arguments.threads,
+                "device": arguments.device, "quantization": workload.quantization,
+                "held_in": "bfloat16" if held_in(workload, arguments.device) == torch.bfloat16 else "auto",
+                "trl_micro_batch": arguments.trl_micro_batch,
                 "trl_checkpointing": arguments.trl_checkpointing, "interleaved": arguments.interleaved,
             }  # fmt: skip
             for figures in run(job, folder / "figures.json"):
                 figures["operations"], figures["model_operations"] = (
                     operations(
                         figures["tool"], workload.shape, counted, batch=BATCH, lora=workload.lora,
-                        checkpointing=arguments.trl_checkpointing, whole_model=whole,
-                        whole_attention=precision == "bf16" and torch.cpu._is_amx_tile_supported(),
+                        checkpointing=recomputed(figures, arguments), whole_model=whole,
+                        whole_attention=on_gpu or (precision == "bf16" and torch.cpu._is_amx_tile_supported()),
+                        compact=on_gpu,
                     ) for whole in (False, True)
                 )  # fmt: skip
                 own.append(figures)
@@ -185,6 +202,12 @@ def measure(
         show(count_tokens(arguments.data, folder, max_length))
 
 
+def recomputed(figures: Figures, arguments: argparse.Namespace) -> bool:
+    """Say whether a run computed its activations again in the backward pass: as prefopt chose, or as TRL was told."""
+    chosen = figures["chosen"].get("gradient_checkpointing", False)
+    return bool(chosen if figures["tool"].startswith("prefopt") else arguments.trl_checkpointing)
+
+
 def typical(counted: list[Pair], usual: tuple[float, float]) -> str:
     """Say how the counted pairs compare with all."""
     (padding, sharing), (all_padding, all_sharing) = waste(counted), usual
@@ -195,18 +218,18 @@ def typical(counted: list[Pair], usual: tuple[float, float]) -> str:
 
 
 def prepare(
-    folder: Path, name: str, workload: Workload, count: int, uncounted: int, data: Path | None, max_length: int
+    folder: Path, name: str, count: int, uncounted: int, arguments: argparse.Namespace, max_length: int
 ) -> tuple[tuple[float, float], list[Pair]]:
     """Write the model and the pairs; returns the `waste` of all such pairs and these pairs' lengths."""
-    file = folder / "pairs.jsonl"
-    if name == "alpaca" and data is not None:
-        rows = read_real_pairs(data)
+    file, workload = folder / "pairs.jsonl", WORKLOADS[name]
+    if name == "alpaca" and arguments.data is not None:
+        rows = read_real_pairs(arguments.data)
         tokenizer = bpe_tokenizer([text for row in rows for text in row.values()], workload.vocab)
         written = write_real_pairs(file, rows, tokenizer, count, max_length, uncounted=uncounted)
     else:
         tokenizer = word_tokenizer(workload.vocab)
         written = write_random_pairs(file, workload, count, uncounted=uncounted)
-    make_model(folder / "model", workload, tokenizer)
+    make_model(folder / "model", workload, tokenizer, device=arguments.device)
     return written
 
 

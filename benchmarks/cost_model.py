@@ -4,8 +4,8 @@
 
 FIGURES is what `compare_trl.py --json` wrote: the program then prints measured ratios beside predicted ones, and
 
-    eff        = the model's operations / (time x rate that matrix products keep up, measured beside it)
-    eff (hard) = computed operations / (time x rate of the fastest of these products)
+    eff        = the model's operations / (time x rate that torch's matrix products keep up, measured beside it)
+    eff (hard) = computed operations / (time x rate of the fastest product, by whichever library)
 
     forward over T computed tokens with causal area A (sum of squared lengths):  F(T, A) = 2 N T + 2 L d A
     head per scored token:                                                       h = 2 V H
@@ -38,7 +38,10 @@ from prefopt_losses.products import matmul, onednn_is_faster
 
 Pair = tuple[int, int, int]
 """Tokens of a prompt and of its two completions."""
-RATE_SHAPES = ((2048, 512, 1408), (1024, 1024, 1024))
+RATE_SHAPES = {
+    "cpu": ((2048, 512, 1408), (1024, 1024, 1024)),
+    "cuda": ((8192, 4096, 14336), (8192, 8192, 8192)),
+}
 """(rows, inner, columns): a layer's widest product over a step's tokens, and a square that any cache likes."""
 
 
@@ -117,11 +120,12 @@ def operations(
     checkpointing: bool = False,
     whole_attention: bool = False,
     whole_model: bool = False,
+    compact: bool = False,
 ) -> float:
     """Operations of a tool's mean step over these pairs; what a cache or a first pass computed is not in it.
 
     With `whole_attention` our last attention computes prompts too, which nobody reads. `whole_model` counts all that
-    the last layer could compute, whether it does or not.
+    the last layer could compute, whether it does or not. TRL's head is `compact` on CUDA: it sees completions only.
     """
     k, u = 2 if lora else 3, 2 if lora else 3
     steps = len(pairs) / batch
@@ -130,34 +134,47 @@ def operations(
         unread = 0.0 if whole_model else 2 * shape.last_mlp * (layout.tokens - layout.scored)
         if not (whole_attention or whole_model):
             unread += 2 * shape.width * layout.prompts
+        k += checkpointing and not whole_model  # what is computed again is no gain
         return (shape.step(layout, k=k, u=u) - k * unread) / steps
     online = not tool.startswith("trl-precomputed")
-    layout = padded(pairs, batch, compact=tool.endswith("compact"))
+    layout = padded(pairs, batch, compact=compact or tool.endswith("compact"))
     return shape.step(layout, k=k + online + checkpointing, u=u + 1 + online) / steps
 
 
-def matmul_rates(dtype: torch.dtype, *, seconds: float = 0.3) -> tuple[float, float]:
-    """Operations per second that one of two products keeps up, and those of the fastest single product.
+def matmul_rates(dtype: torch.dtype, *, seconds: float = 0.3, device: str = "cpu") -> tuple[float, float]:
+    """Operations per second that one of torch's products keeps up, and those of the fastest single product.
 
-    Where prefopt gives fp32 products to another library than torch does, by whichever is faster at each. Each product
-    runs for as long as `seconds`; torch's writes into memory that is there.
+    The fastest may be another library's, where prefopt gives fp32 products to one. Each product runs for as long as
+    `seconds`; torch's writes into memory that is there.
     """
     kept = fastest = 0.0
-    for rows, inner, columns in RATE_SHAPES:
-        left, right = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype).t()
-        result = torch.empty(rows, columns, dtype=dtype)
-        ways: list[Callable[[], object]] = [partial(torch.mm, left, right, out=result)]
-        if dtype == torch.float32 and onednn_is_faster():
-            ways.append(partial(matmul, left, right))
-        for multiply in ways:
-            operations, spent = 2 * rows * inner * columns, []
-            while sum(spent) < seconds:
-                began = time.perf_counter()
-                multiply()
-                spent.append(time.perf_counter() - began)
-            warm = spent[1:] or spent
-            kept, fastest = max(kept, operations * len(warm) / sum(warm)), max(fastest, operations / min(warm))
+    for rows, inner, columns in RATE_SHAPES[device]:
+        left = torch.randn(rows, inner, device=device, dtype=dtype)
+        right = torch.randn(columns, inner, device=device, dtype=dtype).t()
+        operations = 2 * rows * inner * columns
+        times = _times(partial(torch.mm, left, right, out=left.new_empty(rows, columns)), seconds, device)
+        kept = max(kept, operations * len(times) / sum(times))
+        if device == "cpu" and dtype == torch.float32 and onednn_is_faster():
+            times += _times(partial(matmul, left, right), seconds, device)
+        fastest = max(fastest, operations / min(times))
     return kept, fastest
+
+
+def _times(multiply: Callable[[], object], seconds: float, device: str) -> list[float]:
+    """Return what a product takes, again and again for as long as `seconds`, but for the first time."""
+    spent: list[float] = []
+    while sum(spent) < seconds:
+        began = time.perf_counter()
+        multiply()
+        settle(device)
+        spent.append(time.perf_counter() - began)
+    return spent[1:] or spent
+
+
+def settle(device: str) -> None:
+    """Wait until a device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def seconds_a_step(run: dict[str, Any]) -> float:

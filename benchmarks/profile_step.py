@@ -143,7 +143,8 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workload", choices=[name for name in WORKLOADS if name != "alpaca"], default="reference")
+    able = [name for name, workload in WORKLOADS.items() if name != "alpaca" and not workload.large]
+    parser.add_argument("--workload", choices=able, default="reference")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--steps", type=int, default=8, help="steps that count")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
@@ -165,7 +166,8 @@ def train(arguments: argparse.Namespace, bounds: Bounds) -> None:
         job = {
             "tool": "prefopt", "model": str(folder / "model"), "pairs": str(folder / "pairs.jsonl"), "max_length": 4096,
             "output": str(folder / "run"), "steps": steps, "batch": BATCH, "beta": 0.1, "lora": workload.lora,
-            "learning_rate": 1e-4, "precision": arguments.precision,
+            "learning_rate": 1e-4, "precision": arguments.precision, "quantization": workload.quantization,
+            "held_in": "auto",
         }  # fmt: skip
         train_prefopt(job, bounds)  # type: ignore[arg-type]
 

@@ -11,6 +11,9 @@ started it) at the end of the last step; the floor is what is resident when ever
 loaded. The time to the first step runs from the same moment to the end of step 1: tokenizing, scoring the reference
 where it is scored first, loading.
 
+On an accelerator a step ends when the device is done with it, and memory is what torch took of the device: peak and
+floor are the device's, not the process's.
+
 prefopt's command line starts over on a heap whose blocks merge and seldom collects garbage (`prefopt.process`), so its
 process does here; TRL has no such thing, and its process starts as Python does.
 """
@@ -26,16 +29,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.update(TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
+os.environ.update(TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
 
-if __name__ == "__main__" and "prefopt" in str(json.loads(sys.argv[1])["tool"]):  # before torch takes memory
-    from prefopt.process import collect_rarely, start_over_on_a_whole_heap
+if __name__ == "__main__":  # before torch takes memory, or looks for an accelerator
+    asked = json.loads(sys.argv[1])
+    if asked["device"] == "cuda":
+        os.environ.update(ACCELERATE_USE_CPU="false")
+    else:
+        os.environ.update(ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
+    if "prefopt" in str(asked["tool"]):
+        from prefopt.process import collect_rarely, start_over_on_a_whole_heap
 
-    start_over_on_a_whole_heap()
-    collect_rarely()
+        start_over_on_a_whole_heap()
+        collect_rarely()
+else:  # imported by this program's neighbours, or by one for CPUs
+    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 import torch
-from cost_model import matmul_rates
+from cost_model import matmul_rates, settle
 
 Job = dict[str, Any]
 
@@ -46,6 +57,7 @@ class Clock:
     def __init__(self, job: Job, hand_over: Callable[[], None] = lambda: None) -> None:
         self.warmup, self.total, self.hand_over = job["warmup"], job["steps"], hand_over
         self.dtype = torch.bfloat16 if job["precision"] == "bf16" else torch.float32
+        self.device: str = job.get("device", "cpu")
         self.times: list[float] = []
         self.losses: list[float] = []
         self.resident: list[int] = []
@@ -53,12 +65,14 @@ class Clock:
         """What products keep up, and the fastest of them."""
         self.scored: list[list[int]] = [[0, 0]]
         """Per step: completion tokens, and the sum of all token ids of all rows; two trainers must agree."""
+        self.chosen: dict[str, Any] = {}
+        """What prefopt decided by itself."""
         self.floor = self.peak = 0
         self.reference_s = 0.0
 
     def begin(self) -> None:
         """Everything is imported, nothing is loaded."""
-        self.floor, self.since = resident(), time.perf_counter()
+        self.floor, self.since = resident(self.device), time.perf_counter()
 
     def note(self, tokens: int, checksum: int) -> None:
         """Count a micro-batch of the step that is under way."""
@@ -67,14 +81,15 @@ class Clock:
 
     def tick(self, loss: float) -> None:
         """A step has been logged."""
+        settle(self.device)
         self.times.append(time.perf_counter() - self.since)
         self.losses.append(loss)
-        self.resident.append(resident())
+        self.resident.append(resident(self.device))
         self.scored.append([0, 0])
         if len(self.times) == self.total:
-            self.peak = peak()
+            self.peak = peak(self.device)
         if len(self.times) in (self.warmup, self.total):
-            self.rates.append(matmul_rates(self.dtype))
+            self.rates.append(matmul_rates(self.dtype, device=self.device))
         self.hand_over()
         self.since = time.perf_counter()
 
@@ -87,17 +102,21 @@ class Clock:
             "losses": self.losses, "scored": self.scored[self.warmup : self.total], "matmul_rate": kept,
             "fastest_matmul": fastest,
             "peak_bytes": self.peak, "floor_bytes": self.floor, "resident_bytes": self.resident,
-            "reference_s": self.reference_s, "load": os.getloadavg()[0],
+            "reference_s": self.reference_s, "chosen": self.chosen, "load": os.getloadavg()[0],
         }  # fmt: skip
 
 
-def resident() -> int:
+def resident(device: str) -> int:
     """Bytes of this process in memory now."""
+    if device == "cuda":
+        return torch.cuda.memory_reserved()
     return _status("VmRSS") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def peak() -> int:
+def peak(device: str) -> int:
     """Most bytes of this process in memory so far."""
+    if device == "cuda":
+        return torch.cuda.max_memory_reserved()
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -51,7 +51,20 @@ def table(name: str, precision: str, runs: Sequence[Figures]) -> list[str]:
         f"{lower_bound([1.0] * count)[1]:.1%}. Load average {min(run['load'] for run in runs):.1f} to "
         f"{max(run['load'] for run in runs):.1f}."
     )
+    lines += [f"\nprefopt chose {said}." for said in dict.fromkeys(map(said_of, runs)) if said]
     return [*lines, *used_once(runs, tools)]
+
+
+def said_of(run: Figures) -> str:
+    """What prefopt decided by itself in a run, in words; nothing for another tool."""
+    chosen = run.get("chosen")
+    if not chosen:
+        return ""
+    again = "computed again" if chosen["gradient_checkpointing"] else "kept"
+    return (
+        f"{chosen['layout']} prompts, attention by {chosen['attention']}, micro-batches of {chosen['token_budget']:,} "
+        f"tokens and activations that are {again}"
+    )
 
 
 def used_once(runs: Sequence[Figures], tools: Sequence[str]) -> list[str]:

@@ -1,24 +1,29 @@
 """The same training in prefopt's own loop and in TRL's, both in the order of the file.
 
 Order: TRL has `train_sampling_strategy="sequential"`; prefopt's planner is given the identity for its permutation.
-Adapters: both begin from the same numbers, drawn after the same seed. All else that is patched looks and changes
-nothing, except in two tools that are not for sale: `prefopt-unshared` lays every prompt out once per completion, and
-`trl-precomputed-compact` scores completion positions only, as TRL does on CUDA.
+Adapters: both begin from the same numbers, drawn after the same seed. Quantized bases: the same in both. All else that
+is patched looks and changes nothing, except in two tools that are not for sale: `prefopt-unshared` lays every prompt
+out once per completion, and `trl-precomputed-compact` scores completion positions only, as TRL does on CUDA.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from speed_run import Clock, Job
+
+CHOSEN = ("layout", "attention", "token_budget", "gradient_checkpointing")
+"""What prefopt decides by itself, by its names in a run's result."""
 
 
 def train(job: Job, clock: Clock) -> None:
@@ -66,7 +71,8 @@ def train_prefopt(job: Job, clock: Clock) -> None:
 
     os.environ["PREFOPT_CACHE"] = job["output"] + "-cache"  # its own: every run scores its reference itself
     recipe: dict[str, Any] = {
-        "model": job["model"], "loss": {"name": "dpo", "beta": job["beta"]},
+        "model": {"path": job["model"], "quantization": job["quantization"], "dtype": job["held_in"]},
+        "reference": {"quantization": job["quantization"]}, "loss": {"name": "dpo", "beta": job["beta"]},
         "data": {"train": job["pairs"], "max_length": job["max_length"], "eval_fraction": 0.0, "processes": 1},
         "adapter": {"rank": 16, "alpha": 32.0} if job["lora"] else None,
         "train": {"max_steps": job["steps"], "batch_size": job["batch"], "learning_rate": job["learning_rate"],
@@ -81,6 +87,8 @@ def train_prefopt(job: Job, clock: Clock) -> None:
         stack.enter_context(mock.patch("prefopt.train.open_reference", timed_reference))
         clock.begin()
         prefopt.train.run_training(recipe_from_mapping(recipe, name="speed"), Console(quiet=True))
+    result = json.loads((Path(job["output"]) / "result.json").read_text())
+    clock.chosen = {name: result["train"][name] for name in CHOSEN}
 
 
 def without_sharing(batch: Any) -> Any:
@@ -108,18 +116,19 @@ def train_trl(job: Job, clock: Clock) -> None:
     import trl.trainer.dpo_trainer
     import trl.trainer.utils
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     precomputed = job["tool"].startswith("trl-precomputed")
     exact: list[float] = []
+    accumulated = job["batch"] // job["trl_micro_batch"]
 
     class Ticks(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:
-                clock.tick(exact[-1])
+                clock.tick(sum(exact[-accumulated:]))  # each is divided by their number
 
     class NotedTrainer(DPOTrainer):
         def training_step(self, model: Any, inputs: dict[str, torch.Tensor], *given: Any, **named: Any) -> Any:
@@ -142,10 +151,11 @@ def train_trl(job: Job, clock: Clock) -> None:
     settings: dict[str, Any] = {
         "output_dir": job["output"], "max_length": job["max_length"], "beta": job["beta"], "max_steps": job["steps"],
         "learning_rate": job["learning_rate"], "lr_scheduler_type": "linear", "warmup_steps": 0, "seed": 0,
-        "optim": "adamw_torch_fused", "per_device_train_batch_size": job["batch"], "bf16": job["precision"] == "bf16",
+        "optim": "adamw_torch_fused", "per_device_train_batch_size": job["trl_micro_batch"],
+        "gradient_accumulation_steps": accumulated, "bf16": job["precision"] == "bf16",
         "gradient_checkpointing": job["trl_checkpointing"], "precompute_ref_log_probs": precomputed,
-        "train_sampling_strategy": "sequential", "logging_steps": 1, "save_strategy": "no", "use_cpu": True,
-        "report_to": "none", "disable_tqdm": True,
+        "train_sampling_strategy": "sequential", "logging_steps": 1, "save_strategy": "no",
+        "use_cpu": job["device"] == "cpu", "report_to": "none", "disable_tqdm": True,
     }  # fmt: skip
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if job["lora"] else None
     with ExitStack() as stack:
@@ -155,11 +165,27 @@ def train_trl(job: Job, clock: Clock) -> None:
         clock.begin()
         rows = datasets.load_dataset("json", data_files=job["pairs"], split="train", cache_dir=job["output"] + "-data")
         trainer = NotedTrainer(
-            model=AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32),
+            model=model_for_trl(job),
             args=DPOConfig(**settings), train_dataset=rows, callbacks=[Ticks()], peft_config=lora,
             processing_class=AutoTokenizer.from_pretrained(job["model"]),
         )  # fmt: skip
         trainer.train()
+
+
+def model_for_trl(job: Job) -> Any:
+    """Load the model as prefopt holds it; on a CPU, bitsandbytes' bf16 products are kept out of fp32 in both."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from prefopt.quantization import choose_cpu_path, quantization_settings
+
+    dtype = torch.float32 if job["held_in"] == "auto" else getattr(torch, job["held_in"])
+    if job["quantization"] == "none":
+        return AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype)
+    compute = torch.bfloat16 if job["precision"] == "bf16" else torch.float32
+    settings = BitsAndBytesConfig(**quantization_settings(job["quantization"], compute))
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, quantization_config=settings)
+    choose_cpu_path(model, compute)
+    return model
 
 
 class Turns:

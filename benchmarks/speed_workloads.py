@@ -6,14 +6,14 @@ import gzip
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from cost_model import Pair, Shape, padded, shared, unshared
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 SPREAD = 0.5
 """Lengths are uniform within so much of their mean."""
@@ -27,7 +27,7 @@ POPULATION = 4000
 
 @dataclass(frozen=True)
 class Workload:
-    """A model and the lengths of its pairs."""
+    """A Llama's shape, and the lengths of its pairs."""
 
     layers: int
     hidden: int
@@ -36,13 +36,37 @@ class Workload:
     prompt: int
     completion: int
     lora: bool = False
+    quantization: str = "none"
+    """Of the frozen base: a word of bitsandbytes."""
+    heads: int = 0
+    """0: of 64 numbers each."""
+    key_heads: int = 0
+    """0: as many."""
+    tied: bool = True
+    large: bool = False
+    """For an accelerator."""
+
+    @property
+    def all_heads(self) -> tuple[int, int]:
+        """Heads of queries, and of keys and values."""
+        heads = self.heads or self.hidden // 64 or 1
+        return heads, self.key_heads or heads
 
     @property
     def shape(self) -> Shape:
         """Its matrix products."""
-        mlp = 3 * self.hidden * self.intermediate
-        per_layer = 4 * self.hidden**2 + mlp
+        mlp, (heads, key_heads) = 3 * self.hidden * self.intermediate, self.all_heads
+        per_layer = 2 * self.hidden**2 * (1 + key_heads / heads) + mlp
         return Shape(self.layers * per_layer, self.layers, self.hidden, self.vocab, self.hidden, last_mlp=mlp)
+
+
+LLAMA_8B = Workload(
+    32, 4096, 14336, 128_256, 2048, 512, lora=True, heads=32, key_heads=8, tied=False, large=True
+)  # fmt: skip
+QWEN_7B = Workload(
+    28, 3584, 18944, 152_064, 512, 256, lora=True, heads=28, key_heads=4, tied=False, large=True
+)  # fmt: skip
+QWEN_HALF_B = Workload(24, 896, 4864, 151_936, 2048, 512, heads=14, key_heads=2, large=True)
 
 
 WORKLOADS = {
@@ -54,20 +78,38 @@ WORKLOADS = {
     "alpaca": Workload(4, 512, 864, 32_000, 0, 0),
     "small": Workload(2, 64, 128, 512, 24, 12),
     "small-lora": Workload(2, 64, 128, 512, 24, 12, lora=True),
+    "small-qlora": Workload(2, 64, 128, 512, 24, 12, lora=True, quantization="nf4", heads=4, key_heads=2),
+    "llama-8b-lora": LLAMA_8B,
+    "llama-8b-qlora": replace(LLAMA_8B, quantization="nf4"),
+    "qwen-7b-lora": QWEN_7B,
+    "qwen-7b-qlora": replace(QWEN_7B, quantization="nf4"),
+    "qwen-0.5b": QWEN_HALF_B,
+    "qwen-0.5b-lora": replace(QWEN_HALF_B, lora=True),
 }
 
 
-def make_model(folder: Path, workload: Workload, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Save random weights and the tokenizer."""
-    torch.manual_seed(0)
+def make_model(folder: Path, workload: Workload, tokenizer: PreTrainedTokenizerFast, *, device: str = "cpu") -> None:
+    """Save random weights and the tokenizer; weights that an accelerator holds frozen are saved in 16 bit."""
+    heads, key_heads = workload.all_heads
     config = LlamaConfig(
         vocab_size=workload.vocab, hidden_size=workload.hidden, intermediate_size=workload.intermediate,
-        num_hidden_layers=workload.layers, num_attention_heads=workload.hidden // 64 or 1,
-        num_key_value_heads=workload.hidden // 64 or 1, max_position_embeddings=4096, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=1, pad_token_id=0,
+        num_hidden_layers=workload.layers, num_attention_heads=heads, num_key_value_heads=key_heads,
+        max_position_embeddings=4096, tie_word_embeddings=workload.tied, bos_token_id=None, eos_token_id=1,
+        pad_token_id=0,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=held_in(workload, device))
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    del model
+    if device == "cuda":  # those who are measured need it
+        torch.cuda.empty_cache()
+
+
+def held_in(workload: Workload, device: str) -> torch.dtype:
+    """Return the dtype of a workload's weights: what trains is fp32."""
+    return torch.bfloat16 if device == "cuda" and workload.lora else torch.float32
 
 
 def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:

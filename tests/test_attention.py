@@ -335,18 +335,25 @@ def test_context_parallelism_is_refused_with_the_reason():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
-def test_flash_attention_on_the_device_is_the_one_by_hand():
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("window", [None, 7])
+def test_flash_attention_on_the_device_is_the_one_by_hand_forward_and_back(window, size):
+    torch.manual_seed(0)
     trees, device = make_batch(GROUPS).trees, torch.device("cuda")
     rows = sum(AttentionPlan(trees, CPU).sizes)
-    given = [torch.randn(1, heads, rows, 64, dtype=torch.bfloat16) for heads in (4, 2, 2)]
-    for window in (None, 7):
-        expected = gathered_attention(
-            AttentionPlan(trees, CPU), *(each.float() for each in given), scaling=None, window=window,
-            flash=flash_by_hand,
-        )  # fmt: skip
-        moved = [each.to(device) for each in given]
-        found = gathered_attention(AttentionPlan(trees, device), *moved, scaling=None, window=window)
-        torch.testing.assert_close(found.float().cpu(), expected, rtol=0, atol=0.03)
+    given = [torch.randn(1, heads, rows, size).bfloat16() for heads in (4, 2, 2)]
+    slopes = torch.randn(1, rows, 4, size).bfloat16()
+
+    def outcome(plan: AttentionPlan, moved: list[torch.Tensor], **kernel) -> list[torch.Tensor]:
+        own = [each.requires_grad_() for each in moved]
+        found = gathered_attention(plan, *own, scaling=None, window=window, **kernel)
+        found.backward(slopes.to(found))
+        return [each.float().cpu() for each in (found.detach(), *(each.grad for each in own))]
+
+    expected = outcome(AttentionPlan(trees, CPU), [each.float() for each in given], flash=flash_by_hand)
+    found = outcome(AttentionPlan(trees, device), [each.to(device) for each in given])
+    for here, there in zip(found, expected, strict=True):
+        assert (here - there).norm() <= 0.02 * there.norm()
 
 
 def test_a_model_that_drops_keyword_arguments_is_named_as_such():

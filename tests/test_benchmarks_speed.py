@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -206,6 +207,39 @@ def test_real_pairs_are_a_typical_draw_of_those_that_no_trainer_cuts(rooms, tmp_
         workloads.write_real_pairs(tmp_path / "pairs.jsonl", rows, tokenizer, 121, 100)
 
 
+def test_large_workloads_have_the_shapes_of_the_models_they_are_named_after(rooms, llama):
+    workloads = rooms[2].WORKLOADS
+    assert replace(workloads["llama-8b-lora"].shape, last_mlp=0.0) == llama
+    billions = {"llama-8b-lora": 6.98, "qwen-7b-lora": 6.53, "qwen-0.5b": 0.358}  # without embedding and head
+    for name, expected in billions.items():
+        workload = workloads[name]
+        assert workload.shape.parameters / 1e9 == pytest.approx(expected, rel=0.002)
+        assert workload.large
+
+
+def test_a_model_is_made_as_its_workload_says(rooms, tmp_path):
+    workloads = rooms[2]
+    small = workloads.WORKLOADS["small-qlora"]
+    workloads.make_model(tmp_path, small, workloads.word_tokenizer(small.vocab))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (4, 2)
+    layers = AutoModelForCausalLM.from_pretrained(tmp_path).model.layers
+    assert sum(p.numel() for p in layers.parameters() if p.ndim > 1) == small.shape.parameters
+
+
+def test_an_accelerator_is_asked_for_where_there_is_none():
+    for options, expected in (
+        (["--workload", "llama-8b-lora"], "expected --device cuda"),
+        (["--device", "cuda"], "expected an accelerator"),
+        (["--trl-micro-batch", "3"], "expected a divisor of 4"),
+    ):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "losses"), "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, str(BENCHMARKS / "compare_trl.py"), *options]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 2
+        assert expected in done.stderr
+
+
 def test_random_words_are_one_token_each(rooms, tmp_path):
     workloads = rooms[2]
     small = workloads.WORKLOADS["small"]
@@ -222,6 +256,7 @@ def test_random_words_are_one_token_each(rooms, tmp_path):
 def test_a_tiny_comparison_runs_and_agrees(rooms, tmp_path):
     file = tmp_path / "figures.json"
     command = [str(BENCHMARKS / "compare_trl.py"), "--small", "--runs", "1", "--threads", "1", "--json", str(file)]
+    command += ["--trl-micro-batch", "2"]
     printed = run(*command, "--tools", *rooms[0].TOOLS)
     runs = json.loads(file.read_text())["runs"]
     tools = rooms[0].TOOLS
@@ -229,12 +264,14 @@ def test_a_tiny_comparison_runs_and_agrees(rooms, tmp_path):
     assert [(one["workload"], one["tool"]) for one in runs] == [
         *(("small", tool) for tool in tools),
         *(("small-lora", tool) for tool in lora),
+        *(("small-qlora", tool) for tool in lora),
     ]
     for one in runs:
         assert len(one["steps_s"]) == len(one["scored"]) == 2
         assert len(one["losses"]) == 3
         assert one["floor_bytes"] < one["peak_bytes"]
     assert "Sharing alone" in printed
+    assert "prefopt chose shared prompts" in printed
     predicted = run(str(BENCHMARKS / "cost_model.py"), "--workload", "small", "--json", str(file))
     assert len(predicted.strip().splitlines()) == 2 + len(tools)
 
