@@ -17,8 +17,9 @@ fp32 the losses must agree to 1e-4. Otherwise the program fails and prints no ta
     trl-precomputed          reference log-probs computed before the first step
     trl-precomputed-compact  the same, patched to score completion positions only, as it does on CUDA
 
-On an accelerator frozen weights are bf16 in both tools, and TRL's head scores completions only, as it does there; run
-`pytest tests/test_attention.py` first, whose last tests hold the flash kernel of that machine against one by hand.
+On an accelerator the frozen weights under LoRA are bf16 in both tools, TRL computes one pair of a large model at a time
+(--trl-micro-batch; --trl-checkpointing where that does not fit), and TRL's head scores completions only, as it does
+there; run `pytest tests/test_attention.py` first: its last tests hold that machine's flash kernel against one by hand.
 TRL runs without gradient checkpointing unless --trl-checkpointing, though it is its default: that favours TRL.
 How a step is timed stands in speed_run.py, what is patched in speed_trainers.py, `eff` and `predicted` in
 cost_model.py. The lower bound of a ratio is exact (order statistics); `at equal rate` counts
@@ -32,6 +33,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -70,7 +72,8 @@ def main() -> None:
 
     def show(more: list[str]) -> None:
         lines.extend(more)
-        print("\n".join(more), flush=True)
+        if more:
+            print("\n".join(more), flush=True)
         if arguments.markdown:
             arguments.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
         if arguments.json:
@@ -87,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=["reference"])
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
-    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=[t for t in TOOLS if t != "prefopt-unshared"])
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, help="all but prefopt-unshared")
     parser.add_argument("--sharing", action="store_true", help="only prefopt with and without shared prompts")
     parser.add_argument("--interleaved", action="store_true", help="both tools in one process (flatters us)")
     parser.add_argument("--growth", type=int, metavar="STEPS", help="only prefopt, once: memory over many steps")
@@ -96,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="steps before them, at least one")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--trl-micro-batch", type=int, default=BATCH, help="pairs that TRL computes at a time")
+    parser.add_argument("--trl-micro-batch", type=int, help=f"pairs that TRL computes at a time; {BATCH}, large ones 1")
     parser.add_argument("--data", type=Path, help="preference pairs for alpaca: JSON lines, plain or .gz")
     parser.add_argument("--max-length", type=int, help="longest prompt with completion; 512 for alpaca, else unlimited")
     parser.add_argument("--trl-checkpointing", action="store_true", help="TRL's default: recompute activations")
@@ -104,6 +107,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="every number")
     parser.add_argument("--markdown", type=Path, help="the tables")
     arguments = parser.parse_args()
+    large = any(WORKLOADS[name].large for name in arguments.workload)
+    if arguments.trl_micro_batch is None:
+        arguments.trl_micro_batch = 1 if large else BATCH
+    if arguments.tools is None:  # on CUDA TRL's head is compact anyway
+        left_out = {"prefopt-unshared"} | ({"trl-precomputed-compact"} if arguments.device == "cuda" else set())
+        arguments.tools = [tool for tool in TOOLS if tool not in left_out]
     if arguments.small:
         vars(arguments).update(workload=["small", "small-lora", "small-qlora"], runs=min(arguments.runs, 2), steps=2)
     if arguments.sharing:
@@ -114,10 +123,18 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--interleaved: expected --tools prefopt and one of TRL's, for what is patched holds process-wide")
     if "alpaca" in arguments.workload and arguments.data is None:
         parser.error("--workload alpaca: expected --data PAIRS.jsonl.gz with prompt, chosen and rejected")
-    if any(WORKLOADS[name].large for name in arguments.workload) and arguments.device == "cpu":
+    if large and arguments.device == "cpu":
         parser.error("--workload: expected --device cuda, for a model of that size")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: expected an accelerator that torch sees, found none")
+    if (
+        arguments.device == "cuda"
+        and "fp32" in arguments.precision
+        and any(WORKLOADS[w].lora for w in arguments.workload)
+    ):
+        parser.error("--precision: expected bf16 with --device cuda and LoRA, whose frozen weights are bf16 there")
+    if arguments.device == "cuda" and arguments.sharing:
+        parser.error("--sharing: expected --device cpu: a budget that fills the device holds no rows without sharing")
     if BATCH % arguments.trl_micro_batch:
         parser.error(f"--trl-micro-batch: expected a divisor of {BATCH}")
     if arguments.tools[0] != "prefopt":
@@ -144,7 +161,8 @@ def conditions(arguments: argparse.Namespace) -> str:
         f"{name or platform.machine()} ({flags}), {os.cpu_count()} cores, {arguments.threads} threads, load average "
         f"{os.getloadavg()[0]:.1f}; {versions}; {arguments.runs} alternating runs of {arguments.warmup} + "
         f"{arguments.steps} steps of {BATCH} pairs, {processes}; TRL "
-        f"{'with' if arguments.trl_checkpointing else 'without'} gradient checkpointing"
+        f"{'with' if arguments.trl_checkpointing else 'without'} gradient checkpointing, "
+        f"{arguments.trl_micro_batch} at a time"
     )
 
 
@@ -187,7 +205,9 @@ def measure(
                     ) for whole in (False, True)
                 )  # fmt: skip
                 own.append(figures)
-    runs += own
+                runs.append(figures)
+            show([])  # what is measured is written, whatever befalls the next
+            clear_away(folder)
     refuse_another_training(own, precision)
     if arguments.growth:
         show(growth(own[0]))
@@ -200,6 +220,13 @@ def measure(
         from speed_grouping import count_tokens
 
         show(count_tokens(arguments.data, folder, max_length))
+
+
+def clear_away(folder: Path) -> None:
+    """Remove what runs wrote: models, checkpoints and caches of every one would fill a disk."""
+    for path in folder.iterdir():
+        if path.is_dir() and path.name != "model":
+            shutil.rmtree(path)
 
 
 def recomputed(figures: Figures, arguments: argparse.Namespace) -> bool:

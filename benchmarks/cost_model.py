@@ -125,20 +125,21 @@ def operations(
     """Operations of a tool's mean step over these pairs; what a cache or a first pass computed is not in it.
 
     With `whole_attention` our last attention computes prompts too, which nobody reads. `whole_model` counts all that
-    the last layer could compute, whether it does or not. TRL's head is `compact` on CUDA: it sees completions only.
+    the last layer could compute, whether it does or not, and nothing that is computed again. TRL's head is `compact`
+    on CUDA: it sees completions only.
     """
     k, u = 2 if lora else 3, 2 if lora else 3
+    k += checkpointing and not whole_model  # what is computed again is no gain
     steps = len(pairs) / batch
     if tool.startswith("prefopt"):
         layout = unshared(pairs) if tool.endswith("unshared") else shared(pairs)
         unread = 0.0 if whole_model else 2 * shape.last_mlp * (layout.tokens - layout.scored)
         if not (whole_attention or whole_model):
             unread += 2 * shape.width * layout.prompts
-        k += checkpointing and not whole_model  # what is computed again is no gain
         return (shape.step(layout, k=k, u=u) - k * unread) / steps
     online = not tool.startswith("trl-precomputed")
     layout = padded(pairs, batch, compact=compact or tool.endswith("compact"))
-    return shape.step(layout, k=k + online + checkpointing, u=u + 1 + online) / steps
+    return shape.step(layout, k=k + online, u=u + 1 + online) / steps
 
 
 def matmul_rates(dtype: torch.dtype, *, seconds: float = 0.3, device: str = "cpu") -> tuple[float, float]:

@@ -12,7 +12,7 @@ loaded. The time to the first step runs from the same moment to the end of step 
 where it is scored first, loading.
 
 On an accelerator a step ends when the device is done with it, and memory is what torch took of the device: peak and
-floor are the device's, not the process's.
+floor are the device's, not the process's, and prefopt's peak follows from the token budget with which it fills it.
 
 prefopt's command line starts over on a heap whose blocks merge and seldom collects garbage (`prefopt.process`), so its
 process does here; TRL has no such thing, and its process starts as Python does.
@@ -34,7 +34,8 @@ os.environ.update(TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1", HF_HUB_OFFLI
 if __name__ == "__main__":  # before torch takes memory, or looks for an accelerator
     asked = json.loads(sys.argv[1])
     if asked["device"] == "cuda":
-        os.environ.update(ACCELERATE_USE_CPU="false")
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # TRL would spread over all
+        os.environ.update(ACCELERATE_USE_CPU="false", CUDA_VISIBLE_DEVICES=first)
     else:
         os.environ.update(ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
     if "prefopt" in str(asked["tool"]):
@@ -86,10 +87,10 @@ class Clock:
         self.losses.append(loss)
         self.resident.append(resident(self.device))
         self.scored.append([0, 0])
-        if len(self.times) == self.total:
-            self.peak = peak(self.device)
         if len(self.times) in (self.warmup, self.total):
+            self.peak = max(self.peak, peak(self.device))
             self.rates.append(matmul_rates(self.dtype, device=self.device))
+            forget_products(self.device)
         self.hand_over()
         self.since = time.perf_counter()
 
@@ -118,6 +119,13 @@ def peak(device: str) -> int:
     if device == "cuda":
         return torch.cuda.max_memory_reserved()
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_products(device: str) -> None:
+    """Take what measuring a rate allocated out of an accelerator's peak."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _status(name: str) -> int:

@@ -58,7 +58,7 @@ def table(name: str, precision: str, runs: Sequence[Figures]) -> list[str]:
 def said_of(run: Figures) -> str:
     """What prefopt decided by itself in a run, in words; nothing for another tool."""
     chosen = run.get("chosen")
-    if not chosen:
+    if not chosen or run["tool"] != "prefopt":
         return ""
     again = "computed again" if chosen["gradient_checkpointing"] else "kept"
     return (

@@ -1,9 +1,11 @@
 """The same training in prefopt's own loop and in TRL's, both in the order of the file.
 
 Order: TRL has `train_sampling_strategy="sequential"`; prefopt's planner is given the identity for its permutation.
-Adapters: both begin from the same numbers, drawn after the same seed. Quantized bases: the same in both. All else that
-is patched looks and changes nothing, except in two tools that are not for sale: `prefopt-unshared` lays every prompt
-out once per completion, and `trl-precomputed-compact` scores completion positions only, as TRL does on CUDA.
+Adapters: both begin from the same numbers, drawn after the same seed. Quantized bases are quantized alike; what else
+a quantized model is prepared with is each tool's own: prefopt's norms, embedding, head and adapters are fp32, TRL's
+adapters are bf16 where training is. All else that is patched looks and changes nothing, except in two tools that are
+not for sale: `prefopt-unshared` lays every prompt out once per completion, and `trl-precomputed-compact` scores
+completion positions only, as TRL does on CUDA.
 """
 
 from __future__ import annotations
@@ -122,20 +124,23 @@ def train_trl(job: Job, clock: Clock) -> None:
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     precomputed = job["tool"].startswith("trl-precomputed")
-    exact: list[float] = []
-    accumulated = job["batch"] // job["trl_micro_batch"]
+    exact: list[torch.Tensor] = []
+    counted: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     class Ticks(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:
-                clock.tick(sum(exact[-accumulated:]))  # each is divided by their number
+                for seen in counted:
+                    clock.note(*(int(each) for each in seen))
+                clock.tick(sum(float(each) for each in exact))  # each is divided by their number
+                counted.clear(), exact.clear()
 
     class NotedTrainer(DPOTrainer):
         def training_step(self, model: Any, inputs: dict[str, torch.Tensor], *given: Any, **named: Any) -> Any:
             ids, completion = inputs["input_ids"], inputs["completion_mask"]
-            clock.note(int(completion[:, 1:].sum()), int((ids * inputs["attention_mask"]).sum()))
+            counted.append((completion[:, 1:].sum(), (ids * inputs["attention_mask"]).sum()))
             loss = super().training_step(model, inputs, *given, **named)
-            exact.append(float(loss))  # the log rounds it
+            exact.append(loss.detach())  # the log rounds it; read there, for reading waits for an accelerator
             return loss
 
         def _precompute_ref_logps(self, *given: Any, **named: Any) -> Any:
@@ -152,7 +157,7 @@ def train_trl(job: Job, clock: Clock) -> None:
         "output_dir": job["output"], "max_length": job["max_length"], "beta": job["beta"], "max_steps": job["steps"],
         "learning_rate": job["learning_rate"], "lr_scheduler_type": "linear", "warmup_steps": 0, "seed": 0,
         "optim": "adamw_torch_fused", "per_device_train_batch_size": job["trl_micro_batch"],
-        "gradient_accumulation_steps": accumulated, "bf16": job["precision"] == "bf16",
+        "gradient_accumulation_steps": job["batch"] // job["trl_micro_batch"], "bf16": job["precision"] == "bf16",
         "gradient_checkpointing": job["trl_checkpointing"], "precompute_ref_log_probs": precomputed,
         "train_sampling_strategy": "sequential", "logging_steps": 1, "save_strategy": "no",
         "use_cpu": job["device"] == "cpu", "report_to": "none", "disable_tqdm": True,
@@ -173,7 +178,7 @@ def train_trl(job: Job, clock: Clock) -> None:
 
 
 def model_for_trl(job: Job) -> Any:
-    """Load the model as prefopt holds it; on a CPU, bitsandbytes' bf16 products are kept out of fp32 in both."""
+    """Load the model in prefopt's dtype; on a CPU, bitsandbytes' bf16 products are kept out of fp32 in both."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from prefopt.quantization import choose_cpu_path, quantization_settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import random
@@ -102,8 +103,9 @@ def make_model(folder: Path, workload: Workload, tokenizer: PreTrainedTokenizerF
         model = AutoModelForCausalLM.from_config(config, dtype=held_in(workload, device))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    del model
-    if device == "cuda":  # those who are measured need it
+    if device == "cuda":  # those who are measured need its memory
+        del model
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -92,6 +92,9 @@ def test_an_online_reference_and_checkpointing_each_cost_a_forward_pass(rooms, l
     online, precomputed = operations("trl"), operations("trl-precomputed")
     assert online - precomputed == pytest.approx(forward + llama.head(layout.scored))
     assert operations("trl", checkpointing=True) - online == pytest.approx(forward)
+    for tool in ("trl", "prefopt"):  # what is computed again is no gain
+        assert operations(tool, checkpointing=True, whole_model=True) == operations(tool, whole_model=True)
+        assert operations(tool, checkpointing=True) > operations(tool)
     assert operations("prefopt") < operations("prefopt-unshared") < operations("trl-precomputed-compact") < precomputed
 
 

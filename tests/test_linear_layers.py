@@ -84,6 +84,20 @@ def test_a_layer_of_a_batch_of_rows_has_all_its_gradients(bias, onednn):
         torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("frozen", "kept"), [(True, {(6, 8)}), (False, {(6, 8), (10, 8)})])
+def test_a_frozen_layer_keeps_no_input(frozen, kept, onednn):
+    """As torch's own does: what is kept is what a gradient will be made of."""
+    layer, x = nn.Linear(8, 6), torch.randn(2, 5, 8, requires_grad=True)
+    layer.requires_grad_(not frozen)
+    multiply_faster([nn.ModuleList([layer])])
+    found = set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: found.add(tuple(each.shape)) or each, lambda each: each):
+        output = layer(x)
+    assert found == kept
+    output.sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand_as(x))
+
+
 def test_a_decoders_layers_are_taken_and_its_head_is_not(onednn):
     model = Scorer(tiny_model("llama")).language_model
     of_layers = [each for layer in decoder_layers(model) for each in layer.modules() if isinstance(each, nn.Linear)]
