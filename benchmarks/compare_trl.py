@@ -119,29 +119,32 @@ def parse_arguments() -> argparse.Namespace:
         arguments.tools = ["prefopt", "prefopt-unshared"]
     if arguments.growth:
         vars(arguments).update(tools=["prefopt"], runs=1, steps=arguments.growth - arguments.warmup)
+    refuse_what_cannot_run(parser, arguments)
+    return arguments
+
+
+def refuse_what_cannot_run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End the program with what was expected, where something cannot be measured."""
     if arguments.interleaved and (len(arguments.tools) != 2 or arguments.tools[1] == "prefopt-unshared"):
         parser.error("--interleaved: expected --tools prefopt and one of TRL's, for what is patched holds process-wide")
     if "alpaca" in arguments.workload and arguments.data is None:
         parser.error("--workload alpaca: expected --data PAIRS.jsonl.gz with prompt, chosen and rejected")
-    if large and arguments.device == "cpu":
+    workloads = [WORKLOADS[name] for name in arguments.workload]
+    if any(workload.large for workload in workloads) and arguments.device == "cpu":
         parser.error("--workload: expected --device cuda, for a model of that size")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: expected an accelerator that torch sees, found none")
-    if (
-        arguments.device == "cuda"
-        and "fp32" in arguments.precision
-        and any(WORKLOADS[w].lora for w in arguments.workload)
-    ):
+    lora = any(workload.lora for workload in workloads)
+    if arguments.device == "cuda" and "fp32" in arguments.precision and lora:
         parser.error("--precision: expected bf16 with --device cuda and LoRA, whose frozen weights are bf16 there")
     if arguments.device == "cuda" and arguments.sharing:
         parser.error("--sharing: expected --device cpu: a budget that fills the device holds no rows without sharing")
-    if BATCH % arguments.trl_micro_batch:
+    if arguments.trl_micro_batch < 1 or BATCH % arguments.trl_micro_batch:
         parser.error(f"--trl-micro-batch: expected a divisor of {BATCH}")
     if arguments.tools[0] != "prefopt":
         parser.error("--tools: expected prefopt as the first, for the others are compared with it")
     if min(arguments.warmup, arguments.runs, arguments.steps) < 1:
         parser.error("--warmup, --runs, --steps: expected at least 1")
-    return arguments
 
 
 def conditions(arguments: argparse.Namespace) -> str:

@@ -235,6 +235,7 @@ def test_an_accelerator_is_asked_for_where_there_is_none():
         (["--workload", "llama-8b-lora"], "expected --device cuda"),
         (["--device", "cuda"], "expected an accelerator"),
         (["--trl-micro-batch", "3"], "expected a divisor of 4"),
+        (["--trl-micro-batch", "0"], "expected a divisor of 4"),
     ):
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "losses"), "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, str(BENCHMARKS / "compare_trl.py"), *options]
