@@ -178,10 +178,10 @@ def train_trl(job: Job, clock: Clock) -> None:
 
 
 def model_for_trl(job: Job) -> Any:
-    """Load the model in prefopt's dtype; on a CPU, bitsandbytes' bf16 products are kept out of fp32 in both."""
+    """Load the model in prefopt's dtype; on a CPU, bitsandbytes' products without gradient are kept out of both."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from prefopt.quantization import choose_cpu_path, quantization_settings
+    from prefopt.quantization import expand_on_cpu, quantization_settings
 
     dtype = torch.float32 if job["held_in"] == "auto" else getattr(torch, job["held_in"])
     if job["quantization"] == "none":
@@ -189,7 +189,7 @@ def model_for_trl(job: Job) -> Any:
     compute = torch.bfloat16 if job["precision"] == "bf16" else torch.float32
     settings = BitsAndBytesConfig(**quantization_settings(job["quantization"], compute))
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, quantization_config=settings)
-    choose_cpu_path(model, compute)
+    expand_on_cpu(model)
     return model
 
 

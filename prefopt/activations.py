@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prefopt.attention.choice import has_sinks
 from prefopt.lean_layers import looks_gated, looks_like_a_norm
 
 FUSED_INPUTS = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
@@ -80,7 +81,6 @@ def shape_of(model: nn.Module) -> DecoderShape:
     names = [name.rsplit(".", 1)[-1] for name, _ in layer.named_modules()]
     norms = [name for name in names if "norm" in name or name.startswith("ln_")]
     of_heads = [name for name in norms if name.startswith(("q_norm", "k_norm"))]
-    sinks = any(name.rsplit(".", 1)[-1] == "sinks" for name, _ in model.named_parameters())
     return DecoderShape(
         layers=len(layers),
         hidden=hidden,
@@ -91,7 +91,7 @@ def shape_of(model: nn.Module) -> DecoderShape:
         norms=max(2, len(norms) - len(of_heads)),
         head_norms=bool(of_heads),
         heads=heads,
-        scores=sinks or getattr(config, "attn_logit_softcapping", None) is not None,
+        scores=has_sinks(model) or getattr(config, "attn_logit_softcapping", None) is not None,
         experts=bool(getattr(config, "num_experts_per_tok", None)),
         fused=any(name in FUSED_INPUTS for name in names),
         lean_norms=any(looks_like_a_norm(module) for module in layer.modules()),

@@ -8,7 +8,7 @@ Two layouts, with equal results:
     shared      one row of prompt trees, a prompt is computed once (models whose layers call a registered
                 attention function)
     unshared    one row per completion with the model's own attention (everything else: ALiBi, linear attention,
-                state space)
+                state space), completions of like lengths together
 
 `prefopt.layout` compares both with the model's plain logits at start and says which one it took.
 """
@@ -33,6 +33,7 @@ from prefopt.last_layer import LastLayer
 from prefopt.lean_layers import keep_less
 from prefopt.linear_layers import multiply_faster
 from prefopt.memory import Trimmer
+from prefopt.passes import TreePass, frequency_limits, in_order, padded_passes, tree_passes
 from prefopt.shared_casts import share_casts
 from prefopt_losses import workspace
 from prefopt_losses.distributions import relative_token_logps_from_hidden, sequential_kl_from_hidden
@@ -98,6 +99,8 @@ class Scorer(nn.Module):
         self.model = model
         self.value_head: nn.Linear | None = None
         self.attention_calls = 0
+        self.attention_windows: set[int | None] = set()
+        self.frequency_limits = frequency_limits(self.language_model.config)
         self.kept: KeptGradients | None = None
         self.last_layer = LastLayer(self.language_model)
         keep_less(self.language_model)
@@ -190,26 +193,36 @@ class Scorer(nn.Module):
 
     def _decoder(self) -> nn.Module:
         model = self.language_model
-        return getattr(model, model.base_model_prefix)
+        for name in (model.base_model_prefix, "model"):  # Llama 4 names another part than it has
+            if isinstance(inner := getattr(model, name, None), nn.Module):
+                return inner
+        found: nn.Module = model.get_decoder()
+        return found
 
     def _shared(self, batch: RaggedBatch) -> Tensor:
         """Hidden states (scored, hidden) of one row of prompt trees."""
-        plan = AttentionPlan(batch.trees, batch.input_ids.device, backend=self.backend)
+        passes = tree_passes(batch, self.frequency_limits)
+        return in_order([self._one_row(one) for one in passes], passes)
+
+    def _one_row(self, one: TreePass) -> Tensor:
+        plan = AttentionPlan(one.trees, one.input_ids.device, backend=self.backend)
         output = self._decoder()(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
+            input_ids=one.input_ids[None],
+            position_ids=one.position_ids[None],
             use_cache=False,
             **{ARGUMENT: plan},
         )
-        self.attention_calls = plan.calls
-        return output.last_hidden_state[0, batch.predict_index]
+        self.attention_calls, self.attention_windows = plan.calls, plan.windows
+        return output.last_hidden_state[0, one.predict_index]
 
     def _unshared(self, batch: RaggedBatch) -> Tensor:
-        """Hidden states (scored, hidden) with one padded row per completion; padding follows, so causality hides it."""
-        index, mask = _rows_per_completion(batch)
-        output = self._decoder()(input_ids=batch.input_ids[index] * mask, attention_mask=mask, use_cache=False)
-        scored = _scored_positions(batch, index.device)
-        return output.last_hidden_state[scored]
+        """Hidden states (scored, hidden) with one padded row per completion."""
+        passes = padded_passes(batch, self.frequency_limits)
+        hidden = []
+        for one in passes:
+            output = self._decoder()(input_ids=one.input_ids, attention_mask=one.mask, use_cache=False)
+            hidden.append(output.last_hidden_state[one.predict])
+        return in_order(hidden, passes)
 
     def _token_logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Token log-probs (scored,) from hidden states, with the model's scale, bias and soft-cap."""
@@ -259,32 +272,6 @@ def plain_attention(model: PreTrainedModel) -> str:
     config = model.config.get_text_config()
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     return "sdpa" if getattr(model, "_supports_sdpa", False) and not capped else "eager"
-
-
-def _rows_per_completion(batch: RaggedBatch) -> tuple[Tensor, Tensor]:
-    """Index (completions, longest) of each completion's prompt and own tokens in the row, and its 0/1 mask."""
-    rows = [
-        torch.cat((torch.arange(tree.start, tree.start + tree.prompt), torch.arange(begin, begin + count)))
-        for tree in batch.trees
-        for begin, count in tree.branches
-    ]
-    device = batch.input_ids.device
-    index = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    mask = (torch.arange(index.shape[1], device=device)[None] < lengths[:, None]).long()
-    return index, mask
-
-
-def _scored_positions(batch: RaggedBatch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(row, column) of every scored token's predicting hidden state in the one-row-per-completion layout."""
-    rows, columns = [], []
-    completion = 0
-    for tree in batch.trees:
-        for _, count in tree.branches:
-            rows.append(torch.full((count + 1,), completion))
-            columns.append(torch.arange(tree.prompt - 1, tree.prompt + count))
-            completion += 1
-    return torch.cat(rows).to(device), torch.cat(columns).to(device)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext[None]:

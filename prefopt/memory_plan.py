@@ -22,6 +22,7 @@ from prefopt.attention.products import kept_probabilities
 from prefopt.kept_gradients import kept_layers
 from prefopt.memory import KEPT_BLOCK
 from prefopt.models import ModelSource, load_config
+from prefopt.passes import WASTE
 from prefopt.planning import StepPlanner, longest_unit
 from prefopt.quantization import skeleton
 from prefopt.recipe import Recipe
@@ -90,7 +91,7 @@ class Rows:
     probabilities: float = 0.0
     """Of a head, that stay per token where `prefopt.attention.products` computes the attention."""
     unshared: float = 1.0
-    """How many times as many tokens one padded row per completion has."""
+    """How many times as many tokens padded rows per completion have, at most."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def rows_of(planner: StepPlanner, total: int) -> Rows:
         step=max(step.computed_tokens for step in steps),
         context=float((lengths**2).sum() / lengths.sum()),
         probabilities=probabilities_kept(trees),
-        unshared=max(1.0, float(lengths.max() * len(lengths)) / max(steps[0].computed_tokens, 1)),
+        unshared=max(1.0, WASTE * float(lengths.sum()) / max(sum(prompt + sum(own) for prompt, own in trees), 1)),
     )
 
 

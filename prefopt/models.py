@@ -6,6 +6,7 @@ masters unless the recipe says otherwise; frozen quantized weights go through bi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from prefopt.adapters import AdapterSource, load_adapter
 from prefopt.errors import ModelError, Problem
-from prefopt.quantization import choose_cpu_path, import_bitsandbytes, quantization_settings, skipped_layers
+from prefopt.quantization import expand_on_cpu, import_bitsandbytes, quantization_settings, skipped_layers
 from prefopt.recipe.quantization import Quantization
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -138,8 +139,8 @@ def load_model(source: ModelSource, device: torch.device | None = None) -> PreTr
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(_load_problem(source, "causal language model", error)) from error
     _refuse_made_up_weights(source, loading)
-    if "load_in_4bit" in settings:
-        choose_cpu_path(model, source.compute)
+    if settings:
+        expand_on_cpu(model)
     model = model if settings else model.to(device)
     return (model if source.adapter is None else load_adapter(model, source.adapter, trainable=False)).eval()
 
@@ -208,18 +209,23 @@ def mend_generation_settings(model: PreTrainedModel) -> None:
         settings.do_sample = True
 
 
-def switch_off_dropout(model: nn.Module) -> int:
-    """Set every dropout probability to zero, in modules and in configs; returns how many were above it.
+_RANDOM = re.compile("drop|^(input_)?jitter_noise$")
+"""Names of what models do at random while they train: dropout of all kinds, dropped layers, jitter before experts."""
 
-    A shared prompt would share its dropout mask between completions, and the reference has none.
+
+def switch_off_dropout(model: nn.Module) -> int:
+    """Set every probability of dropping something to zero, in modules and in configs; returns how many were above it.
+
+    A shared prompt would share its dropout mask between completions, and the reference has none. Models keep these
+    probabilities in modules of torch, in attributes of their own and in their configs, under many names.
     """
+    owners: list[Any] = [*model.modules()]
+    owners += {id(one): one for part in owners if (one := getattr(part, "config", None)) is not None}.values()
     count = 0
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            module.p = 0.0
-            count += 1
-        for name in ("attention_dropout", "dropout", "activation_dropout"):
-            if isinstance(getattr(module, name, None), float) and getattr(module, name) > 0:
-                setattr(module, name, 0.0)
+    for owner in owners:
+        for name, value in list(vars(owner).items()):
+            named = _RANDOM.search(name) or (name == "p" and isinstance(owner, nn.modules.dropout._DropoutNd))
+            if named and isinstance(value, float) and value > 0:
+                setattr(owner, name, 0.0)
                 count += 1
     return count

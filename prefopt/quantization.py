@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import cache
 from typing import Any
 
 import torch
@@ -107,16 +108,39 @@ def _unknown_module(name: str, modules: set[str], linear: Sequence[str], where: 
     return Problem(where, f"modules with linear layers: {', '.join(sorted(ends))}, or names in full", name, fix)
 
 
-def choose_cpu_path(model: nn.Module, compute: torch.dtype) -> None:
-    """Keep bitsandbytes' bf16 product for CPUs with AVX512_BF16 to where it is asked for and can work.
+def expand_on_cpu(model: nn.Module) -> None:
+    """Have quantized layers expand their weights on a CPU, in training and in evaluation.
 
-    It answers in bf16 whatever the compute dtype is, and fails where rows are no multiple of the block size.
+    bitsandbytes has other products there. For 4 bit with AVX512_BF16 one that packs the weights at the first pass in
+    eval mode and is taken in training too from then on, but has no gradient: torch warns, and whatever lies below a
+    layer gets a wrong one. It also answers in bf16 whatever the compute dtype is, and fails where a matrix does not
+    fit its blocks. For int8 one that rounds activations too, in eval mode alone: a policy would be compared with a
+    reference that multiplies differently, 0.1 nats apart in a tiny model.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            block = module.weight.quant_state.blocksize
-            if compute != torch.bfloat16 or module.in_features % block:
-                module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False
+        elif _is_int8(module) and module.weight.device.type == "cpu":
+            module.__class__ = _expanding(type(module))
+
+
+def _is_int8(module: nn.Module) -> bool:
+    return hasattr(getattr(module, "state", None), "has_fp16_weights")
+
+
+@cache
+def _expanding(kind: Any) -> Any:
+    """Return a kind of int8 layer that multiplies in evaluation as in training."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        training, self.training = self.training, True
+        try:
+            result: torch.Tensor = kind.forward(self, x)
+            return result
+        finally:
+            self.training = training
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 def import_bitsandbytes() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -121,8 +121,8 @@ def make_accelerator() -> Accelerator:
     single = GradientAccumulationPlugin(num_steps=1)  # given as a plug-in, no environment variable overrides it
     # Other processes wait while the first one tokenizes and scores the reference: hours for a large model.
     patient = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    _refuse_context_parallelism(os.environ)
     accelerator = Accelerator(mixed_precision="no", gradient_accumulation_plugin=single, kwargs_handlers=[patient])
-    _refuse_context_parallelism(accelerator)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise RecipeError(
@@ -133,11 +133,14 @@ def make_accelerator() -> Accelerator:
     return accelerator
 
 
-def _refuse_context_parallelism(accelerator: Accelerator) -> None:
-    """Raise RecipeError where rows would be cut over processes: accelerate drops every mask then."""
-    config = getattr(accelerator, "parallelism_config", None)
-    size = max((getattr(config, name, None) or 1) for name in ("cp_size", "sp_size"))
-    if size > 1:
+def _refuse_context_parallelism(launched: Mapping[str, str]) -> None:
+    """Raise RecipeError where a launcher wants rows cut over processes: accelerate drops every mask then.
+
+    Its variables are read before accelerate does, which would ask for shards first, and for shards alone.
+    """
+    given = (launched.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1") for name in ("CP", "SP"))
+    size = max(int(one) if one.isdecimal() else 1 for one in given)
+    if launched.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true" and size > 1:
         raise RecipeError(
             Problem("processes", "whole rows in every process: context parallelism replaces all masks by plain "
                     "causality, and completions of one prompt would read each other", f"{size} processes for a row",

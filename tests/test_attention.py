@@ -314,7 +314,8 @@ def test_a_back_end_that_is_asked_for_and_cannot_be_had_is_refused():
     ],
 )
 def test_an_accelerator_tries_what_the_model_can_use(name, dtype, expected):
-    model = SimpleNamespace(device=torch.device("cuda"), config=tiny_model(name).config)
+    own = tiny_model(name)
+    model = SimpleNamespace(device=torch.device("cuda"), config=own.config, named_parameters=own.named_parameters)
     assert backends(model, dtype)[0] == expected
 
 
@@ -328,10 +329,14 @@ def test_torchs_kernel_has_the_arguments_that_are_given_to_it():
     assert callable(torch_flash())
 
 
-def test_context_parallelism_is_refused_with_the_reason():
+@pytest.mark.parametrize("way", ["CP", "SP"])
+def test_context_parallelism_is_refused_with_the_reason(way):
     with pytest.raises(RecipeError, match="replaces all masks"):
-        _refuse_context_parallelism(SimpleNamespace(parallelism_config=SimpleNamespace(cp_size=2, sp_size=1)))
-    _refuse_context_parallelism(SimpleNamespace(parallelism_config=None))
+        _refuse_context_parallelism(
+            {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", f"PARALLELISM_CONFIG_{way}_SIZE": "2"}
+        )
+    _refuse_context_parallelism({f"PARALLELISM_CONFIG_{way}_SIZE": "2"})
+    _refuse_context_parallelism({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", f"PARALLELISM_CONFIG_{way}_SIZE": "1"})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")

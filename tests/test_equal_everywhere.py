@@ -26,7 +26,7 @@ from prefopt.attention import ARGUMENT, NAME
 from prefopt.batching import make_batch
 from prefopt.errors import ModelError
 from prefopt.forward import TOLERANCE, Scorer, autocast
-from prefopt.layout import choose_layout, plain_logps
+from prefopt.layout import BEYOND, beyond_windows, choose_layout, plain_logps
 from prefopt.models import switch_off_dropout
 from prefopt.train import run_training
 
@@ -254,7 +254,7 @@ def test_the_start_up_comparison_finds_a_wrong_mask(monkeypatch, batches, name, 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, NAME, attending(mistake, batches))
     choice = probe(name, dtype)
     assert choice.layout == "unshared"
-    assert "differ by" in choice.reason
+    assert "differ by" in choice.reason or "move another one's" in choice.reason
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt"])
@@ -265,6 +265,65 @@ def test_the_start_up_comparison_finds_positions_that_run_on(monkeypatch, name):
 
     monkeypatch.setattr(prefopt.layout, "make_batch", running_on)
     assert "differ by" in probe(name, torch.float32).reason
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_local_experts": 4}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("qwen2_moe", {"use_sliding_window": True, "max_window_layers": 28, "shared_expert_intermediate_size": 24}),
+        ("phimoe", {}),
+        ("doge", {}),
+    ],
+)
+def test_a_window_that_is_in_the_mask_alone_is_found_where_rows_can_be_longer(name, changes, dtype):
+    probe = group(40, [30, 25], seed=4)
+    for longest, expected in ((100, "shared"), (256, "unshared")):
+        model = tiny_model(name, **EXPERTS, **changes, sliding_window=150).to(dtype)
+        choice = choose_layout(Scorer(model), probe, dtype=dtype, longest=longest)
+        assert choice.layout == expected, choice
+    assert "150" in choice.reason
+
+
+def test_a_probe_is_put_behind_a_prompt_beyond_the_windows_only_where_rows_can_be_so_long():
+    model, probe = tiny_model("mistral", sliding_window=150), group(40, [30, 25], seed=4)
+    assert beyond_windows(model, probe, 150) is probe
+    longer = beyond_windows(model, probe, 2048)
+    assert len(longer.prompt) == 150 + BEYOND
+    assert longer.prompt[-40:].tolist() == probe.prompt.tolist()
+    assert longer.completions == probe.completions
+    assert len(beyond_windows(model, probe, 200).prompt) == 200 - 30
+    assert beyond_windows(tiny_model("llama"), probe, 2048) is probe
+
+
+def test_a_leak_that_rounding_would_hide_is_found():
+    """A hybrid whose attention is right and whose state runs on from completion to completion, in 16 bit."""
+    state = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+    model = tiny_model("falcon_h1", mamba_chunk_size=8, **state).to(torch.bfloat16)
+    choice = choose_layout(Scorer(model), group(80, [60, 65], seed=99), dtype=torch.bfloat16)
+    assert choice.layout == "unshared"
+    assert "move another one's log-prob" in choice.reason
+
+
+def test_rows_that_would_change_an_attention_temperature_are_not_shared():
+    model = tiny_model("llama4_text", **EXPERTS, intermediate_size_mlp=48, attention_chunk_size=64)
+    choice = choose_layout(Scorer(model), group(80, [60, 65], seed=1), longest=256)
+    assert choice.layout == "unshared"
+    assert "temperature" in choice.reason
+
+
+def test_what_a_model_does_at_random_and_cannot_be_switched_off_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="at random"):
+        screen_of(tmp_path, "phimoe", model_changes={**EXPERTS, "router_jitter_noise": 0.3})
+
+
+@pytest.mark.parametrize("name", ["kimi_linear"])
+def test_a_model_with_a_norm_that_asks_for_more_is_left_as_it_is(name):
+    model = tiny_model(name, **EXPERTS)
+    assert choose_layout(Scorer(model), group(8, [6, 5], seed=1)).layout == "unshared"
 
 
 def test_the_start_up_comparison_finds_a_layer_with_an_attention_of_its_own():
@@ -278,9 +337,9 @@ def test_the_start_up_comparison_finds_a_layer_with_an_attention_of_its_own():
 # -------------------------------------------------------------------------------------------------------- whole runs
 
 
-def screen_of(folder, architecture: str, **changes) -> str:
+def screen_of(folder, architecture: str, model_changes=None, **changes) -> str:
     """What a run of one step says."""
-    make_model(folder / "base", architecture, num_hidden_layers=2)
+    make_model(folder / "base", architecture, num_hidden_layers=2, **(model_changes or {}))
     shown = io.StringIO()
     recipe = make_recipe(folder, train={"max_steps": 1}, eval={"samples": 0}, checkpoint={"every": 1}, **changes)
     run_training(recipe, Console(file=shown, width=400))

@@ -20,7 +20,7 @@ FLOORS = [
     ["recipe"],
     ["data", "sandbox", "lora"],
     ["batching", "models", "adapters", "quantization", "prefetch"],
-    ["attention", "activations", "planning", "fit", "adapter_fit", "kept_gradients"],
+    ["attention", "passes", "activations", "planning", "fit", "adapter_fit", "kept_gradients"],
     ["acceleration", "last_layer", "memory_plan"],
     ["forward"],
     ["layout", "objective", "optimizers", "prepare"],

@@ -77,7 +77,29 @@ def test_bitsandbytes_leaves_no_hub_kernel_behind():
     assert sys.modules.get("kernels", "absent") is not None
 
 
-def test_dropout_is_switched_off_in_modules():
-    model = tiny_model("gpt2")
+DROPPING = {
+    "llama": {"attention_dropout": 0.3},
+    "gpt2": {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3},
+    "gpt_neox": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
+    "bloom": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
+    "falcon": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
+    "opt": {"dropout": 0.3, "attention_dropout": 0.3, "layerdrop": 0.5},
+    "mixtral": {"attention_dropout": 0.3, "router_jitter_noise": 0.3},
+    "granite": {"attention_dropout": 0.3},
+    "starcoder2": {"residual_dropout": 0.3, "embedding_dropout": 0.3, "attention_dropout": 0.3},
+    "persimmon": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
+    "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4, "attn_pdrop": 0.3, "resid_pdrop": 0.3},
+    "biogpt": {"layerdrop": 0.5, "activation_dropout": 0.3, "hidden_dropout_prob": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_a_model_without_dropout_trains_on_what_it_evaluates(name):
+    model = tiny_model(name, **DROPPING[name])
+    ids = torch.arange(3, 40)[None]
+    expected = model(ids).logits
+    assert not torch.equal(model.train()(ids).logits, expected)
     assert switch_off_dropout(model) > 0
-    assert all(module.p == 0 for module in model.modules() if isinstance(module, torch.nn.Dropout))
+    for _ in range(5):  # a layer is dropped now and then
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
+    assert switch_off_dropout(model) == 0

@@ -9,9 +9,10 @@ from tiny import group, tiny_model
 from transformers import AutoConfig
 from world import make_model, make_recipe, quiet, train
 
+from prefopt.adapters import add_lora
 from prefopt.batching import make_batch
 from prefopt.errors import ModelError, RecipeError
-from prefopt.forward import Scorer, score
+from prefopt.forward import Scorer, autocast, compute_dtype, evaluating, score
 from prefopt.models import ModelSource, load_model
 from prefopt.prepare import prepare, reference_source
 from prefopt.quantization import quantization_settings, skipped_layers
@@ -280,3 +281,46 @@ def test_an_accelerator_gives_the_same_up_to_its_rounding(folder, kind):
         for device in ("cpu", "cuda")
     ]
     np.testing.assert_allclose(*sums, rtol=0, atol=0.2)
+
+
+# --- training on it -------------------------------------------------------------------------------------------------
+
+
+def expanded(model):
+    """The same model with what its 4-bit weights stand for, in plain linear layers."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    for module in list(model.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, Linear4bit):
+                plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+                weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(layer.compute_dtype)
+                plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+                plain.bias = layer.bias
+                setattr(module, name, plain)
+    return model
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("architecture", "written"), [("llama", "nf4"), ("llama", "fp4"), ("phi", "nf4")])
+def test_an_adapter_on_4_bit_learns_what_it_learns_on_what_they_stand_for(tmp_path, architecture, written, precision):
+    """Also after an evaluation, where bitsandbytes packs weights for a product without a gradient."""
+    folder = make_model(tmp_path / "base", architecture, **SIZES)
+    batch = make_batch([group(20, [9, 15], seed=1)])
+
+    def gradient(change):
+        model = change(loaded(folder, written, compute_dtype(precision)))
+        scorer = Scorer(add_lora(model, rank=4, alpha=8, dropout=0.0, targets="all-linear"))
+        for name, weight in scorer.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(weight, std=0.05, generator=torch.Generator().manual_seed(len(name)))
+        with autocast(torch.device("cpu"), precision):
+            with evaluating(scorer):
+                scorer(batch)
+            sums = scorer.train()(batch).sums
+        (sums[0] - sums[1]).backward()
+        return torch.cat([p.grad.flatten().float() for p in scorer.parameters() if p.grad is not None])
+
+    found, expected = gradient(lambda model: model), gradient(expanded)
+    assert float((found - expected).norm() / expected.norm()) < (1e-4 if precision == "fp32" else 0.05)

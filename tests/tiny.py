@@ -76,10 +76,10 @@ UNSHARED = {
 
 def tiny_model(name: str, *, seed: int = 0, **changes: object) -> PreTrainedModel:
     """Make a random model of an architecture, with weights large enough that mistakes show."""
-    specific = {**ARCHITECTURES, **UNSHARED}[name]
+    specific = {**ARCHITECTURES, **UNSHARED}.get(name, {})
     sizes = (
         _SIZES
-        if name in ARCHITECTURES and name != "gpt2"
+        if name not in UNSHARED and not name.startswith("gpt2") and "n_embd" not in changes
         else {k: v for k, v in _SIZES.items() if "token" in k or k == "vocab_size"}
     )
     config = AutoConfig.for_model(name, **{**sizes, **specific, **changes})

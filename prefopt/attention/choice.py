@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from prefopt.attention.plan import Backend
@@ -21,11 +22,11 @@ def backends(
         dtype: in which it multiplies.
         wanted: ``auto``, or the one back end to take.
     """
-    device, config = model.device, model.config.get_text_config()
+    device, config, sinks = model.device, model.config.get_text_config(), has_sinks(model)
     refused = {
-        "varlen": _not_varlen(config, device, dtype),
+        "varlen": _not_varlen(config, device, dtype, sinks=sinks),
         "flex": _not_flex(device),
-        "products": _not_products(config, device, dtype),
+        "products": _not_products(config, device, dtype, sinks=sinks),
     }
     reasons = {name: reason for name, reason in refused.items() if reason}
     order: list[Backend] = ["varlen", "flex", "products", "sdpa"]
@@ -33,7 +34,12 @@ def backends(
     return (able if wanted == "auto" else [name for name in able if name == wanted]), reasons
 
 
-def _not_varlen(config: Any, device: torch.device, dtype: torch.dtype) -> str:
+def has_sinks(model: nn.Module) -> bool:
+    """Whether some of a model's attention has sinks: a learned score per head that takes a share of every query."""
+    return any(name.rsplit(".", 1)[-1] == "sinks" for name, _ in model.named_parameters())
+
+
+def _not_varlen(config: Any, device: torch.device, dtype: torch.dtype, *, sinks: bool) -> str:
     if device.type != "cuda":
         return "it is made for accelerators"
     if dtype not in DTYPES:
@@ -44,7 +50,7 @@ def _not_varlen(config: Any, device: torch.device, dtype: torch.dtype) -> str:
         return "this torch has no variable-length attention"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "torch's kernel has no soft-cap on the scores"
-    if config.model_type == "gpt_oss":
+    if sinks:
         return "torch's kernel has no attention sinks"
     if getattr(config, "sliding_window", None) is not None and not windows_supported():
         return "this torch's kernel has no sliding window"
@@ -56,11 +62,11 @@ def _not_flex(device: torch.device) -> str:
     return "" if device.type == "cuda" else "it has no gradient on a CPU"
 
 
-def _not_products(config: Any, device: torch.device, dtype: torch.dtype) -> str:
+def _not_products(config: Any, device: torch.device, dtype: torch.dtype, *, sinks: bool) -> str:
     if device.type != "cpu":
         return "it is made for CPUs"
     if dtype != torch.float32 and torch.cpu._is_amx_tile_supported():
         return f"torch's kernel has tiles of its own for {str(dtype).removeprefix('torch.')} on this CPU (AMX)"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "it has no soft-cap on the scores"
-    return "it has no attention sinks" if config.model_type == "gpt_oss" else ""
+    return "it has no attention sinks" if sinks else ""

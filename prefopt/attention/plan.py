@@ -76,12 +76,14 @@ class AttentionPlan:
         sizes: queries of each segment.
         most_keys: of a segment.
         calls: how often a layer asked for attention; the start-up guard compares it with the layers.
+        windows: what windows the layers asked for; the start-up guard compares them with the configuration's.
     """
 
     def __init__(self, trees: tuple[Tree, ...], device: torch.device, *, backend: Backend = "sdpa") -> None:
         self.device = device
         self.backend: Backend = backend
         self.calls = 0
+        self.windows: set[int | None] = set()
         self.trees = trees
         self.segments = [segment for tree in trees for segment in segments_of(tree)]
         self.sizes = [segment.sizes[-1] for segment in self.segments]

@@ -59,17 +59,18 @@ def tree_attention(
         raise NotImplementedError("its layers do not hand the model's keyword arguments on to their attention")
     plan: AttentionPlan = kwargs[ARGUMENT]
     plan.calls += 1
+    plan.windows.add(sliding_window)
     sinks = kwargs.get("s_aux")
+    unusual = softcap is not None or sinks is not None or bool(dropout)
     # Flash attention is made for 16 bit: a model that is scored in fp32 for once goes segment by segment.
-    if plan.backend == "varlen" and query.dtype in DTYPES and not dropout:
+    if plan.backend == "varlen" and query.dtype in DTYPES and not unusual:
         return gathered_attention(plan, query, key, value, scaling=scaling, window=sliding_window), None
     if plan.backend == "flex" and not dropout:
         output = block_attention(
             plan, query, key, value, scaling=scaling, window=sliding_window, softcap=softcap, sinks=sinks
         )
         return output, None
-    plain = softcap is None and sinks is None and not dropout and plan.most_keys <= MOST_KEYS
-    if plan.backend == "products" and plain:
+    if plan.backend == "products" and not unusual and plan.most_keys <= MOST_KEYS:
         output = product_attention(
             plan, query, key, value, scaling=scaling, window=sliding_window, only_read=kwargs.get(ONLY_READ, False)
         )

@@ -73,6 +73,11 @@ RACY_SECONDS = 2.0
 """A file changed so recently is hashed again: it could change once more within the resolution of its time."""
 
 
+POSITIONS = "from 0, continued through the completion"
+LONG_ROTARY = "; frequencies by the length of each completion with its prompt"
+"""Of models that have two sets of them (`prefopt.passes`)."""
+
+
 @dataclass(frozen=True)
 class ReferenceIdentity:
     """A reference model by content; equal identities give equal log-probs up to rounding."""
@@ -90,7 +95,7 @@ class ReferenceIdentity:
     adapter: str = ""
     """SHA-256 of an adapter's weights and of its settings, scaling included; empty for none."""
     eos: str = "scored where the completion's ids hold it"
-    positions: str = "from 0, continued through the completion"
+    positions: str = POSITIONS
     format: int = FORMAT
 
     @cached_property
@@ -124,7 +129,14 @@ def identify(source: ModelSource) -> ReferenceIdentity:
         compute=str(source.compute).removeprefix("torch."),
         weights_dtype=str(source.dtype).removeprefix("torch."),
         adapter=_adapter_hash(source, folder),
+        positions=POSITIONS + (LONG_ROTARY if _turns_by_length(folder / "config.json") else ""),
     )
+
+
+def _turns_by_length(config: Path) -> bool:
+    """Whether a configuration names the rotary positions of Phi-3 with 128k, by their name or their first one."""
+    text = config.read_text(encoding="utf-8") if config.exists() else ""
+    return '"longrope"' in text or '"su"' in text
 
 
 def weight_files(source: ModelSource, folder: Path) -> list[Path]:
