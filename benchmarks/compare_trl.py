@@ -62,6 +62,8 @@ from speed_workloads import (
 HERE = Path(__file__).parent
 AGREE = 1e-4
 """Largest difference of two tools' losses in fp32."""
+LEAST_GROWTH = 20
+"""Steps of a run whose memory in its quarters is compared."""
 Figures = dict[str, Any]
 
 
@@ -127,8 +129,16 @@ def refuse_what_cannot_run(parser: argparse.ArgumentParser, arguments: argparse.
     """End the program with what was expected, where something cannot be measured."""
     if arguments.interleaved and (len(arguments.tools) != 2 or arguments.tools[1] == "prefopt-unshared"):
         parser.error("--interleaved: expected --tools prefopt and one of TRL's, for what is patched holds process-wide")
-    if "alpaca" in arguments.workload and arguments.data is None:
-        parser.error("--workload alpaca: expected --data PAIRS.jsonl.gz with prompt, chosen and rejected")
+    real = "alpaca" in arguments.workload
+    if real and (arguments.data is None or not arguments.data.is_file()):
+        parser.error("--workload alpaca: expected --data PAIRS.jsonl.gz with prompt, chosen and rejected, a file")
+    if arguments.max_length and not real:
+        parser.error("--max-length: expected --workload alpaca, for made pairs are as long as their workload says")
+    for name, file in (("--json", arguments.json), ("--markdown", arguments.markdown)):
+        if file is not None and not file.absolute().parent.is_dir():
+            parser.error(f"{name}: expected a file in a folder that is there, given {file}")
+    if arguments.growth and arguments.growth < LEAST_GROWTH:
+        parser.error(f"--growth: expected at least {LEAST_GROWTH} steps, of which quarters are compared")
     workloads = [WORKLOADS[name] for name in arguments.workload]
     if any(workload.large for workload in workloads) and arguments.device == "cpu":
         parser.error("--workload: expected --device cuda, for a model of that size")
@@ -143,8 +153,8 @@ def refuse_what_cannot_run(parser: argparse.ArgumentParser, arguments: argparse.
         parser.error(f"--trl-micro-batch: expected a divisor of {BATCH}")
     if arguments.tools[0] != "prefopt":
         parser.error("--tools: expected prefopt as the first, for the others are compared with it")
-    if min(arguments.warmup, arguments.runs, arguments.steps) < 1:
-        parser.error("--warmup, --runs, --steps: expected at least 1")
+    if min(arguments.warmup, arguments.runs, arguments.steps, arguments.threads) < 1:
+        parser.error("--warmup, --runs, --steps, --threads: expected at least 1")
 
 
 def conditions(arguments: argparse.Namespace) -> str:

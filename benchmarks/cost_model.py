@@ -139,7 +139,7 @@ def operations(
         return (shape.step(layout, k=k, u=u) - k * unread) / steps
     online = not tool.startswith("trl-precomputed")
     layout = padded(pairs, batch, compact=compact or tool.endswith("compact"))
-    return shape.step(layout, k=k + online, u=u + 1 + online) / steps
+    return shape.step(layout, k=k + online, u=u + online + (not whole_model)) / steps  # it makes its logits twice
 
 
 def matmul_rates(dtype: torch.dtype, *, seconds: float = 0.3, device: str = "cpu") -> tuple[float, float]:
@@ -213,6 +213,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="what compare_trl.py --json wrote")
     parser.add_argument("--pairs", type=int, default=400, help="pairs to predict from without figures")
     arguments = parser.parse_args()
+    if arguments.json is not None and not arguments.json.is_file():
+        parser.error(f"--json: expected what compare_trl.py --json wrote, and {arguments.json} is no file")
+    if arguments.pairs < BATCH:
+        parser.error(f"--pairs: expected at least {BATCH}, those of a step")
     workload = WORKLOADS[arguments.workload]
     runs: list[dict[str, Any]] = json.loads(arguments.json.read_text())["runs"] if arguments.json else []
     runs = [run for run in runs if run["workload"] == arguments.workload]

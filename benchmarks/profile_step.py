@@ -151,7 +151,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, default=20, help="operations in the table")
     parser.add_argument("--part", choices=("timers", "profiler"), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if min(arguments.steps, arguments.warmup, arguments.threads) < 1:
+        parser.error("--steps, --warmup, --threads: expected at least 1")
+    return arguments
 
 
 def train(arguments: argparse.Namespace, bounds: Bounds) -> None:

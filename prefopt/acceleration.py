@@ -91,6 +91,20 @@ def _try_to_compile(device: torch.device) -> None:
 
 
 @contextmanager
+def saying_what_cannot_be_compiled() -> Iterator[None]:
+    """Turn what the compiler raises in a pass into a RecipeError: some architectures are beyond it."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise RecipeError(
+            Problem("train.compile", "layers that this torch can compile", said[:300], "train.compile=false")
+        ) from error
+
+
+@contextmanager
 def eager(model: PreTrainedModel) -> Iterator[None]:
     """Run compiled layers as they were written: writing text changes shapes and caches with every token."""
     if not any(module._compiled_call_impl is not None for module in model.modules()):

@@ -280,5 +280,12 @@ def _all_or_none(values: Sequence[float | None]) -> Tensor | None:
     return None if not values or None in values else torch.tensor(values, dtype=torch.float32)
 
 
+def moved(made: Tensor, device: torch.device) -> Tensor:
+    """Return what was made on the host on the device, without waiting for it."""
+    if device.type == "cuda":
+        return made.pin_memory().to(device, non_blocking=True)
+    return made.to(device)
+
+
 def _joined(parts: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))

@@ -44,6 +44,11 @@ Layout = Literal["shared", "unshared"]
 Settled = tuple[Layout, Backend]
 """What the start-up comparison came to."""
 
+FACTORS = ("logit_scale", "lm_head_multiplier")
+"""Names under which configurations keep a factor on the logits; ``logits_scaling`` divides them."""
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Names under which they keep the cap of z = cap tanh(z / cap)."""
+
 # Largest difference in a completion's log-prob, in nats per sqrt(token), at which two ways of computing it count
 # as equal. Rounding errors of tokens are nearly independent, so a sum's error grows with the root of its length.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
@@ -188,8 +193,11 @@ class Scorer(nn.Module):
 
     def _scale_and_cap(self) -> tuple[float, float | None]:
         config = self.language_model.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-        return scale, getattr(config, "final_logit_softcapping", None)
+        scale = next((factor for name in FACTORS if (factor := getattr(config, name, None))), None)
+        if scale is None:
+            divisor = getattr(config, "logits_scaling", None) or 1.0
+            scale = divisor if config.model_type == "hyperclovax" else 1.0 / divisor  # the one that multiplies by it
+        return scale, next((cap for name in SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
 
     def _decoder(self) -> nn.Module:
         model = self.language_model
@@ -220,7 +228,8 @@ class Scorer(nn.Module):
         passes = padded_passes(batch, self.frequency_limits)
         hidden = []
         for one in passes:
-            output = self._decoder()(input_ids=one.input_ids, attention_mask=one.mask, use_cache=False)
+            # No mask: causality hides the padding, which is at the end, and a mask would be made of it for every layer.
+            output = self._decoder()(input_ids=one.input_ids, use_cache=False)
             hidden.append(output.last_hidden_state[one.predict])
         return in_order(hidden, passes)
 

@@ -19,6 +19,7 @@ from torch import nn
 from prefopt.activations import activation_bytes, decoder_layers, shape_of
 from prefopt.attention import Backend
 from prefopt.attention.products import kept_probabilities
+from prefopt.errors import Problem, RecipeError
 from prefopt.kept_gradients import kept_layers
 from prefopt.memory import KEPT_BLOCK
 from prefopt.models import ModelSource, load_config
@@ -242,7 +243,14 @@ def _head_weight(base: nn.Module) -> list[torch.Tensor]:
 
 
 def plan_memory(
-    recipe: Recipe, demand: Demand, rows: Rows, *, free: int, device: str, processes: int = 1
+    recipe: Recipe,
+    demand: Demand,
+    rows: Rows,
+    *,
+    free: int,
+    device: str,
+    processes: int = 1,
+    recomputable: bool = True,
 ) -> MemoryPlan:
     """Decide the token budget and whether activations are recomputed.
 
@@ -253,13 +261,22 @@ def plan_memory(
         free: bytes that are free now, with the policy's weights loaded.
         device: the type of the device.
         processes: that share an optimizer step.
+        recomputable: whether the model's layers can be computed again in the backward pass.
+
+    Raises:
+        RecipeError: they cannot, and the recipe wants it.
     """
+    if recipe.train.gradient_checkpointing is True and not recomputable:
+        raise RecipeError(
+            Problem("train.gradient_checkpointing", "auto or false: this model's layers cannot be recomputed", "true",
+                    "train.gradient_checkpointing=auto, with a smaller train.token_budget for its memory")
+        )  # fmt: skip
     wanted, asked = recipe.train.token_budget, recipe.train.gradient_checkpointing
     own = -(-rows.step // processes)  # a process has no more tokens in a step
     enough = max(rows.longest, min(own, ENOUGH.get(device, ENOUGH["cuda"]) if wanted == "auto" else wanted))
     room = SHARE.get(device, SHARE["cuda"]) * free - demand.fixed
     whole, again = (max(0, int(room // each)) for each in (demand.per_token, demand.per_token_recomputed))
-    recomputed = whole < enough if asked == "auto" else asked
+    recomputed = whole < enough and recomputable if asked == "auto" else asked
     fitting = again if recomputed else whole
     if wanted == "auto":
         budget, why = _budget(fitting, rows, own, demand.useful, processes)
@@ -268,7 +285,8 @@ def plan_memory(
     held = demand.per_token_recomputed if recomputed else demand.per_token
     reason = (
         f"{budget:,} tokens ({why}): {free / _GIB:.1f} GiB free, {demand.fixed / _GIB:.1f} GiB for gradients, "
-        f"optimizer and head; {held / 2**10:,.0f} KiB of activations per token, {_recomputed(asked, recomputed, whole)}"
+        f"optimizer and head; {held / 2**10:,.0f} KiB of activations per token, "
+        f"{_recomputed(asked, recomputed, whole) if recomputable else 'which this model cannot recompute'}"
     )
     return MemoryPlan(budget, recomputed, reason, fits=fitting >= max(rows.longest, min(budget, own)))
 

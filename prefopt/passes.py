@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefopt.batching import RaggedBatch, Tree
+from prefopt.batching import RaggedBatch, Tree, moved
 
 WASTE = 1.25
 """Computed over real tokens at which a pass of padded rows takes no shorter completion along."""
@@ -75,9 +75,7 @@ class PaddedPass:
     """One row per completion; padding follows, so causality hides it."""
 
     input_ids: Tensor
-    """(completions, longest)"""
-    mask: Tensor
-    """(completions, longest) 1 where there is a token."""
+    """(completions, longest), 0 beyond a completion's end."""
     predict: tuple[Tensor, Tensor]
     """(scored,) row and column of the hidden state that predicts each scored token of this pass."""
     scored: Tensor
@@ -128,12 +126,7 @@ def in_order(hidden: Sequence[Tensor], passes: Sequence[TreePass] | Sequence[Pad
     """Join what the passes gave, (scored, hidden) each, in the order of the batch's scored tokens."""
     joined = hidden[0] if len(hidden) == 1 else torch.cat(list(hidden))
     places = [one.scored for one in passes if one.scored is not None]
-    if not places:
-        return joined
-    places_of = torch.cat(places)
-    if bool((places_of[1:] > places_of[:-1]).all()):
-        return joined
-    return joined.index_select(0, places_of.argsort().to(joined.device))
+    return joined.index_select(0, moved(torch.cat(places).argsort(), joined.device)) if places else joined
 
 
 def _by_regime(completions: Iterable[Completion], limits: Sequence[int]) -> list[list[Completion]]:
@@ -162,12 +155,12 @@ def _trees_of(batch: RaggedBatch, completions: Sequence[Completion]) -> TreePass
             place += one.count
         trees.append(Tree(begun, tree.prompt, tuple(branches)))
     device = batch.input_ids.device
-    index = torch.cat(rows).to(device)
+    index = moved(torch.cat(rows), device)
     return TreePass(
         input_ids=batch.input_ids[index],
         position_ids=batch.position_ids[index],
         trees=tuple(trees),
-        predict_index=torch.cat(predict).to(device),
+        predict_index=moved(torch.cat(predict), device),
         scored=torch.cat([one.scored for one in completions]),
     )
 
@@ -177,12 +170,11 @@ def _padded(batch: RaggedBatch, completions: Sequence[Completion]) -> PaddedPass
     device = batch.input_ids.device
     index = nn.utils.rnn.pad_sequence([one.row for one in completions], batch_first=True)
     lengths = torch.tensor([one.tokens for one in completions])
-    mask = (torch.arange(index.shape[1])[None] < lengths[:, None]).long().to(device)
+    real = (torch.arange(index.shape[1])[None] < lengths[:, None]).long()
     rows = [torch.full((one.count + 1,), number) for number, one in enumerate(completions)]
     columns = [torch.arange(one.tree.prompt - 1, one.tokens) for one in completions]
     return PaddedPass(
-        input_ids=batch.input_ids[index.to(device)] * mask,
-        mask=mask,
-        predict=(torch.cat(rows).to(device), torch.cat(columns).to(device)),
+        input_ids=batch.input_ids[moved(index, device)] * moved(real, device),
+        predict=(moved(torch.cat(rows), device), moved(torch.cat(columns), device)),
         scored=torch.cat([one.scored for one in completions]),
     )

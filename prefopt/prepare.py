@@ -75,7 +75,9 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
 
     Raises:
         DataError, ModelError: what is wrong with data or tokenizer.
+        RecipeError: a wish for speed that this machine cannot meet.
     """
+    refuse_what_cannot_run(recipe, default_device())
     recipe = with_sandbox(recipe, quiet=quiet)
     loss = recipe.build_loss()
     tokenizer = load_tokenizer(policy_source(recipe))
@@ -138,9 +140,8 @@ def refuse_unfit_parts(recipe: Recipe, loss: Loss) -> None:
 
     Raises:
         ModelError: names in `skip` that no module has; an adapter of another base; a router loss.
-        RecipeError: a moving reference that the loss does not read; a wish for speed that this machine cannot meet.
+        RecipeError: a moving reference that the loss does not read.
     """
-    refuse_what_cannot_run(recipe, default_device())
     policy, reference = policy_source(recipe), reference_source(recipe)
     refuse_router_loss(policy)
     for where, source in (("model.quantization.skip", policy), ("reference.quantization.skip", reference)):

@@ -121,7 +121,8 @@ def expand_on_cpu(model: nn.Module) -> None:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
         elif _is_int8(module) and module.weight.device.type == "cpu":
-            module.__class__ = _expanding(type(module))
+            kind: Any = type(module)
+            module.__class__ = _expanding(kind)
 
 
 def _is_int8(module: nn.Module) -> bool:

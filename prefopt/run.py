@@ -203,6 +203,8 @@ def set_up(
             folder.path / "environment.json", environment() | {"processes": accelerator.num_processes, "steps": total}
         )
     screen.plan(policy, resolved, total, state.step, recipe.train.precision)
+    if recipe.train.optimizer.name.startswith("paged") and accelerator.device.type == "cpu":
+        screen.line("paged_adamw_8bit: on a CPU there is nowhere to move moments to; it is adamw_8bit here")
     return Run(
         recipe, folder.path, prepared, accelerator, policy, module, optimizer, planner,
         reference.feed("train"), reference, evaluator,
@@ -243,7 +245,10 @@ def plan_run(prepared: Prepared, policy: Policy, device: torch.device, *, free: 
         # The KL of whole distributions has a gradient of the head of its own, which autograd adds.
         kept=keeps_gradients(device=device.type, processes=processes) and not prepared.loss.needs.sequential_kl,
     )
-    return plan_memory(recipe, demand, rows, free=free, device=device.type, processes=processes)
+    recomputable = getattr(policy.scorer.language_model, "supports_gradient_checkpointing", False)
+    return plan_memory(
+        recipe, demand, rows, free=free, device=device.type, processes=processes, recomputable=recomputable
+    )
 
 
 def _references_beside(prepared: Prepared) -> int:

@@ -13,13 +13,13 @@ import resource
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from prefopt.acceleration import gave_up
+from prefopt.acceleration import gave_up, saying_what_cannot_be_compiled
 from prefopt.checkpoint import checkpoint_steps, save_checkpoint
 from prefopt.errors import Interrupted
 from prefopt.evaluate import measure, reference_samples
@@ -78,7 +78,7 @@ def run_training(recipe: Recipe, console: Console) -> dict[str, Any]:
 def _run(run: Run, folder: RunFolder) -> dict[str, Any]:
     """Look, train, and write what outlives the process."""
     try:
-        with _stop_on_interrupt(run):
+        with _stop_on_interrupt(run), saying_what_cannot_be_compiled() if run.recipe.train.compile else nullcontext():
             zero = _look_before(run)
             _loop(run)
     finally:

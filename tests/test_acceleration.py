@@ -8,10 +8,17 @@ import pytest
 import torch
 from rich.console import Console
 from tiny import group, tiny_model
+from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoModelForCausalLM
 from world import make_recipe, quiet, train
 
-from prefopt.acceleration import compile_layers, eager, gave_up, refuse_what_cannot_run
+from prefopt.acceleration import (
+    compile_layers,
+    eager,
+    gave_up,
+    refuse_what_cannot_run,
+    saying_what_cannot_be_compiled,
+)
 from prefopt.batching import make_batch
 from prefopt.errors import RecipeError
 from prefopt.forward import Scorer
@@ -48,6 +55,12 @@ def test_a_compiler_that_cannot_build_is_said_to_with_a_way_out(tmp_path, monkey
     monkeypatch.setattr(torch, "compile", fails)
     with pytest.raises(RecipeError, match=r"Python\.h[^|]*python3-dev"):
         compile_layers(tiny_model("llama"))
+
+
+def test_what_the_compiler_cannot_do_is_no_traceback():
+    said = r"train\.compile: layers that this torch can compile[^|]*1 < s33"
+    with pytest.raises(RecipeError, match=said), saying_what_cannot_be_compiled():
+        raise TorchDynamoException("TypeError: cannot determine truth value of Relational: 1 < s33")
 
 
 def gradients(scorer, batch):

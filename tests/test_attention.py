@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import group, tiny_model
 
-from prefopt.attention import AttentionPlan
+from prefopt.attention import AttentionPlan, plan
 from prefopt.attention.choice import backends
 from prefopt.attention.products import _Products, kept_probabilities, product_attention
 from prefopt.attention.registered import tree_attention
@@ -249,8 +249,7 @@ def test_what_a_plan_makes_it_makes_once_for_all_layers(flash):
     model = tiny_model("llama", num_hidden_layers=3)
     scorer = Scorer(model)
     scorer.set_layout("shared", "varlen")
-    original = AttentionPlan._moved
-    with mock.patch.object(AttentionPlan, "_moved", lambda plan, each: made.append(each) or original(plan, each)):
+    with mock.patch.object(plan, "moved", lambda each, device: made.append(each) or each.to(device)):
         scorer(make_batch(GROUPS))
     assert len(made) == 4  # keys, where queries and where keys begin, and the rows that are read
     assert scorer.attention_calls == 3

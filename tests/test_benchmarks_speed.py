@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -95,6 +96,7 @@ def test_an_online_reference_and_checkpointing_each_cost_a_forward_pass(rooms, l
     for tool in ("trl", "prefopt"):  # what is computed again is no gain
         assert operations(tool, checkpointing=True, whole_model=True) == operations(tool, whole_model=True)
         assert operations(tool, checkpointing=True) > operations(tool)
+    assert operations("trl", whole_model=True) < operations("trl")  # TRL makes its logits again
     assert operations("prefopt") < operations("prefopt-unshared") < operations("trl-precomputed-compact") < precomputed
 
 
@@ -230,18 +232,32 @@ def test_a_model_is_made_as_its_workload_says(rooms, tmp_path):
     assert sum(p.numel() for p in layers.parameters() if p.ndim > 1) == small.shape.parameters
 
 
-def test_an_accelerator_is_asked_for_where_there_is_none():
-    for options, expected in (
-        (["--workload", "llama-8b-lora"], "expected --device cuda"),
-        (["--device", "cuda"], "expected an accelerator"),
-        (["--trl-micro-batch", "3"], "expected a divisor of 4"),
-        (["--trl-micro-batch", "0"], "expected a divisor of 4"),
-    ):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "losses"), "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, str(BENCHMARKS / "compare_trl.py"), *options]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 2
-        assert expected in done.stderr
+MISTAKES = [
+    ("compare_trl", "--workload llama-8b-lora", "expected --device cuda"),
+    ("compare_trl", "--device cuda", "expected an accelerator"),
+    ("compare_trl", "--trl-micro-batch 3", "expected a divisor of 4"),
+    ("compare_trl", "--trl-micro-batch 0", "expected a divisor of 4"),
+    ("compare_trl", "--growth 3 --small", "expected at least 20 steps"),
+    ("compare_trl", "--json /not/there/x.json", "expected a file in a folder that is there"),
+    ("compare_trl", "--workload alpaca --data /not/there", "a file"),
+    ("compare_trl", "--threads 0", "expected at least 1"),
+    ("compare_trl", "--small --max-length 30", "expected --workload alpaca"),
+    ("profile_step", "--warmup 0", "expected at least 1"),
+    ("profile_step", "--steps 0", "expected at least 1"),
+    ("cost_model", "--json /not/there", "is no file"),
+    ("cost_model", "--pairs 0", "expected at least 4"),
+]
+
+
+@pytest.mark.parametrize(("program", "options", "expected"), MISTAKES)
+def test_what_cannot_be_measured_is_said_before_anything_runs(rooms, monkeypatch, capsys, program, options, expected):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", *options.split()])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(program).main()
+    assert ended.value.code == 2
+    assert expected in capsys.readouterr().err
 
 
 def test_random_words_are_one_token_each(rooms, tmp_path):

@@ -109,3 +109,21 @@ def test_a_head_with_bias_is_applied_with_it():
     torch.nn.init.normal_(model.lm_head.bias)
     expected = plain_logps(model, GROUPS[0])
     torch.testing.assert_close(Scorer(model)(make_batch([GROUPS[0]])).sums, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("hyperclovax", {"logits_scaling": 3.0}),  # multiplies by what Granite divides by
+        ("granite", {"logits_scaling": 3.0}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("falcon_h1", {"lm_head_multiplier": 0.4, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+                       "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}),
+        ("recurrent_gemma", {"logits_soft_cap": 2.0, "num_hidden_layers": 3, "lru_width": 32}),
+    ],
+)  # fmt: skip
+def test_a_factor_or_cap_on_the_logits_is_found_under_its_name(name, changes):
+    scorer = Scorer(tiny_model(name, **changes))
+    choose_layout(scorer, GROUPS[0])
+    expected = torch.cat([plain_logps(scorer.language_model, one) for one in GROUPS])
+    torch.testing.assert_close(scorer(make_batch(GROUPS)).sums, expected, rtol=0, atol=1e-3)

@@ -13,6 +13,7 @@ from tiny import tiny_model
 from world import make_recipe, quiet, train
 
 import prefopt.run as run_room
+from prefopt.errors import RecipeError
 from prefopt.memory_plan import GRAIN, Demand, Rows, demand_of, plan_memory, weights_bytes
 from prefopt.models import ModelSource
 from prefopt.preflight import check_recipe
@@ -53,6 +54,16 @@ def test_a_small_card_recomputes_and_says_why(recipe):
     assert plan.fits
     assert plan.token_budget > 4096
     assert re.search(r"recomputed, for only 1,\d{3} tokens would fit", plan.reason)
+
+
+def test_a_model_that_cannot_recompute_is_not_asked_to(recipe):
+    def plan(**train):
+        return plan_memory(recipe(**train), LORA_8B, ROWS, free=10 * GIB, device="cuda", recomputable=False)
+
+    assert not plan().gradient_checkpointing
+    assert "which this model cannot recompute" in plan().reason
+    with pytest.raises(RecipeError, match=r"train\.gradient_checkpointing: auto or false"):
+        plan(gradient_checkpointing=True)
 
 
 def test_more_than_fills_the_device_is_of_no_use(recipe):

@@ -64,13 +64,13 @@ def test_quantized_weights_are_quantized(tmp_path, quantization):
 
 
 def test_int8_is_a_function_of_the_row(tmp_path):
-    """With bitsandbytes' usual threshold, outlier columns are looked for over the whole batch."""
+    """With bitsandbytes' usual threshold, an accelerator looks for outlier columns over the whole batch."""
     model = load_model(ModelSource(str(make_model(tmp_path / "model")), quantization="int8"))
     layer = model.model.layers[0].mlp.up_proj
     rows = torch.randn(4, layer.in_features)
     rows[3] *= 50
     with torch.no_grad():
-        assert torch.equal(layer(rows)[:3], layer(rows[:3]))
+        torch.testing.assert_close(layer(rows)[:3], layer(rows[:3]), rtol=0, atol=1e-5)
 
 
 def test_bitsandbytes_leaves_no_hub_kernel_behind():

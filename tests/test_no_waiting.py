@@ -121,3 +121,15 @@ def test_references_in_memory_and_recomputed_layers_ask_for_nothing(tmp_path, mo
         make_recipe(tmp_path, **{"train": {"max_steps": 2}, "eval": {"samples": 0, "every": 2}, **changes}), quiet()
     )
     assert not found
+
+
+@pytest.mark.parametrize("adapter", [None, {"rank": 4, "dropout": 0.1}])
+def test_one_row_per_completion_asks_for_nothing_but_what_transformers_asks(tmp_path, monkeypatch, adapter):
+    """It looks for packed rows wherever no mask is given, and at the mask where one is: once a pass."""
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    found = as_on_an_accelerator(monkeypatch)
+    changes = {"train": {"max_steps": 2}, "eval": {"samples": 0, "every": 2}, "adapter": adapter}
+    recipe = make_recipe(tmp_path, **changes)
+    alone = recipe.model.model_copy(update={"attention": "unshared"})
+    run_training(recipe.model_copy(update={"model": alone}), quiet())
+    assert not found

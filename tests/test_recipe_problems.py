@@ -109,6 +109,15 @@ def test_a_wrong_value_is_met_with_what_the_key_allows(section: str, key: str, v
     assert found[f"{section}.{key}"].expected == expected
 
 
+def test_a_word_that_is_nearly_an_optimizer_and_a_list_that_is_too_short_are_said_in_their_own_words() -> None:
+    optimizer = problems_with(train={"optimizer": "adamw_4bit"})["train.optimizer"]
+    assert optimizer.expected == "adamw, adamw_8bit, paged_adamw_8bit or a mapping"
+    assert "adamw_8bit" in optimizer.fix
+    betas = problems_with(train={"optimizer": {"betas": [0.9]}})["train.optimizer.betas"]
+    assert betas.expected == "a list of 2, each a number from 0 to below 1"
+    assert betas.given == "[0.9]"
+
+
 def test_a_quoted_number_and_a_false_are_explained() -> None:
     assert problems_with(train={"batch_size": "64"})["train.batch_size"].fix == "write 64 without quotes"
     assert problems_with(tracking={"wandb": False})["tracking.wandb"].fix == 'write "off"'

@@ -143,13 +143,10 @@ def change_by_neighbours(folder: Path) -> float:
     return float((together - alone).abs().max())
 
 
-def test_an_int8_row_does_not_depend_on_its_neighbours(tmp_path, monkeypatch):
-    """Activations are quantized row by row; what is left is the rounding of fp32 sums."""
+def test_an_int8_row_does_not_depend_on_its_neighbours(tmp_path):
+    """Weights are expanded on a CPU; what is left is the rounding of fp32 sums."""
     tiny_model("llama").save_pretrained(tmp_path / "base")
     assert change_by_neighbours(tmp_path / "base") < 1e-4
-    # With a threshold, columns are picked by what the whole batch holds.
-    monkeypatch.setattr("prefopt.quantization.INT8_THRESHOLD", 2.0)
-    assert change_by_neighbours(tmp_path / "base") > 1e-3
 
 
 # --- weights ---

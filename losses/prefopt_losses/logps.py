@@ -86,19 +86,44 @@ def token_logps_from_hidden(
         dtype of ``hidden``; everything after the product is fp32.
 
     Raises:
-        LossError: `weight_grad` is not of the weight's shape.
+        LossError: shapes that do not fit together, or a tile of no positions.
     """
-    if weight_grad is not None and weight_grad.shape != weight.shape:
-        raise LossError(
-            f"token_logps_from_hidden: expected weight_grad of the weight's shape {tuple(weight.shape)}, "
-            f"given {tuple(weight_grad.shape)}"
-        )
+    _refuse_shapes(hidden, weight, targets, bias, weight_grad, chunk_size)
     dtype, size = product_dtype(hidden), tile_size(hidden, weight.shape[0], chunk_size)
     learns = torch.is_grad_enabled()
     logps: Tensor = _ChunkedHead.apply(
         hidden.to(dtype), weight, bias, targets, float(scale), softcap, size, learns, weight_grad
     )
     return logps
+
+
+def _refuse_shapes(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    weight_grad: Tensor | None,
+    chunk_size: int | None,
+) -> None:
+    """Raise LossError with everything that does not fit; a head that trains would read memory that nobody wrote."""
+    problems = []
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[-1]:
+        problems.append(
+            "expected hidden (tokens, hidden) and weight (vocab, hidden), "
+            f"given {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if targets.shape != hidden.shape[:1]:
+        problems.append(
+            f"expected a target for each of {len(hidden)} positions, given {tuple(targets.shape)}: "
+            "logits at t predict token t + 1, so hidden states are cut to hidden[:-1]"
+        )
+    for name, given, expected in (("bias", bias, weight.shape[:1]), ("weight_grad", weight_grad, weight.shape)):
+        if given is not None and given.shape != expected:
+            problems.append(f"expected {name} of shape {tuple(expected)}, given {tuple(given.shape)}")
+    if chunk_size is not None and chunk_size < 1:
+        problems.append(f"expected chunk_size of at least 1 position, given {chunk_size}")
+    if problems:
+        raise LossError("token_logps_from_hidden: " + "; ".join(problems))
 
 
 def left_aligned(logps: Tensor, mask: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prefopt.batching import Tree
+from prefopt.batching import Tree, moved
 
 Backend = Literal["sdpa", "products", "varlen", "flex"]
 
@@ -121,7 +121,7 @@ class AttentionPlan:
         for tree in self.trees:
             first = tree.start + tree.prompt
             rows.append(torch.arange(first - 1, first + sum(count for _, count in tree.branches)))
-        return self._moved(torch.cat(rows))
+        return moved(torch.cat(rows), self.device)
 
     @property
     def tokens(self) -> int:
@@ -136,9 +136,9 @@ class AttentionPlan:
         starts = [0, *accumulate(self.sizes)]
         key_starts = torch.tensor([0, *counts]).cumsum(0)
         return GatheredSegments(
-            keys=self._moved(torch.cat(rows)),
-            query_starts=self._moved(torch.tensor(starts).int()),
-            key_starts=self._moved(key_starts.int()),
+            keys=moved(torch.cat(rows), self.device),
+            query_starts=moved(torch.tensor(starts).int(), self.device),
+            key_starts=moved(key_starts.int(), self.device),
             most_queries=max(self.sizes),
             most_keys=self.most_keys,
         )
@@ -174,10 +174,5 @@ class AttentionPlan:
             branches += [place - 1 for place, count in enumerate(counts) for _ in range(count)]
             positions += range(tree.prompt)
             positions += [tree.prompt + step for count in counts[1:] for step in range(count)]
-        tree, branch, position = (self._moved(torch.tensor(each)) for each in (trees, branches, positions))
+        tree, branch, position = (moved(torch.tensor(each), self.device) for each in (trees, branches, positions))
         return tree, branch, position
-
-    def _moved(self, made: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            return made.pin_memory().to(self.device, non_blocking=True)
-        return made.to(self.device)

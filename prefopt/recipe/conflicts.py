@@ -248,14 +248,15 @@ def _shared_dropout(recipe: Recipe) -> Iterator[Conflict]:
 
 def _back_end_of_nothing(recipe: Recipe) -> Iterator[Conflict]:
     backend = recipe.model.attention_backend
-    if backend != "auto" and recipe.model.attention == "unshared":
+    drops = recipe.train.dropout or (recipe.adapter is not None and recipe.adapter.dropout > 0)
+    if backend != "auto" and (drops or recipe.model.attention == "unshared"):
         problem = Problem(
             "model.attention_backend",
-            "auto where model.attention is unshared: no prompt is shared then, and the model's own attention runs",
-            backend,
-            "remove model.attention_backend, or set model.attention=auto",
+            "auto where no prompt is shared, for the model's own attention runs then",
+            f"{backend}, with {'dropout' if drops else 'model.attention=unshared'}",
+            f"remove model.attention_backend, or {'switch dropout off' if drops else 'set model.attention=auto'}",
         )
-        yield Conflict(("model.attention_backend", "model.attention"), problem)
+        yield Conflict(("model.attention_backend", "model.attention", "train.dropout", "adapter.dropout"), problem)
 
 
 def _nothing_to_reward(recipe: Recipe) -> Iterator[Conflict]:

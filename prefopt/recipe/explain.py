@@ -61,6 +61,8 @@ def findings(error: ValidationError, given: Any) -> list[Finding]:
     found: dict[Path, list[Problem]] = {}
     for detail in error.errors(include_url=False):
         path = _path_in(given, detail["loc"], missing=detail["type"] == "missing")
+        if detail["type"] == "missing" and isinstance(path[-1], int):  # of a list that is too short
+            path, detail["type"] = path[:-1], "too_short"
         if detail["type"] == "problems":
             found[path] = detail["ctx"]["problems"]
         elif detail["type"] != "conflicts":

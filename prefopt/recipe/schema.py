@@ -156,11 +156,14 @@ class ReferenceRecipe(Section):
     """Let the reference follow the policy; it is then computed in every step, for no cache can hold it."""
 
 
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+
+
 class OptimizerRecipe(Section):
     """The optimizer."""
 
-    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """AdamW, or its 8-bit and paged forms (bitsandbytes)."""
+    name: OptimizerName = "adamw"
+    """AdamW, or its 8-bit and paged forms (bitsandbytes); on a CPU there is nowhere to page to."""
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)
     """Decay of the first and of the second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -197,9 +200,9 @@ class TrainRecipe(Section):
     """A share of the run if below 1, a number of steps if a whole number."""
     precision: Literal["bf16", "fp32", "bf16-pure"] = "bf16"
     """`bf16` is autocast over 32-bit master weights; `bf16-pure` keeps the weights in 16 bit as well."""
-    optimizer: Annotated[OptimizerRecipe, BeforeValidator(_named, json_schema_input_type=OptimizerRecipe | str)] = (
-        OptimizerRecipe()
-    )
+    optimizer: Annotated[
+        OptimizerRecipe, BeforeValidator(_named, json_schema_input_type=OptimizerName | OptimizerRecipe)
+    ] = OptimizerRecipe()
     """The optimizer: a name, or a mapping."""
     dropout: bool = False
     """Whether the model's own dropout is active."""

@@ -282,5 +282,18 @@ def test_a_weights_gradient_can_be_added_elsewhere(monkeypatch, dtype, kept):
 
 def test_a_gradient_of_another_shape_is_refused():
     hidden, weight, _, targets = head()
-    with pytest.raises(LossError, match=r"weight_grad of the weight's shape \(17, 8\), given \(8, 17\)"):
+    with pytest.raises(LossError, match=r"weight_grad of shape \(17, 8\), given \(8, 17\)"):
         token_logps_from_hidden(hidden, weight, targets, weight_grad=torch.zeros(HIDDEN, VOCAB))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_shapes_that_do_not_fit_are_all_said_before_anything_is_computed(trained):
+    hidden, weight, bias, targets = head()
+    weight.requires_grad_(trained)
+    with pytest.raises(LossError, match=r"a target for each of 13 positions, given \(9,\)") as caught:
+        token_logps_from_hidden(hidden, weight, targets[:9], bias=bias[:4], chunk_size=0)
+    for said in ("expected bias of shape (17,), given (4,)", "expected chunk_size of at least 1 position, given 0"):
+        assert said in str(caught.value)
+    for given in (hidden[None], hidden[:, :5]):
+        with pytest.raises(LossError, match=r"expected hidden \(tokens, hidden\) and weight \(vocab, hidden\)"):
+            token_logps_from_hidden(given, weight, targets)
