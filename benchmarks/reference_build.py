@@ -31,8 +31,8 @@ import torch
 
 from prefopt.data.groups import GroupDataset
 from prefopt.forward import Layout, Scorer
-from prefopt.layout import probe_group
 from prefopt.prepare import Prepared, prepare, reference_source, resolve_token_budget
+from prefopt.probe import probe_group
 from prefopt.recipe import recipe_from_mapping
 from prefopt.reference.build import fill_cache
 from prefopt.reference.build_plan import Texts, Wanted, distinct_texts

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from prefopt.layout import probe_group
 from prefopt.prepare import prepare
+from prefopt.probe import probe_group
 from prefopt.recipe import recipe_from_mapping
 from prefopt.reference.certificate import Certificate
 from prefopt.reference.certifying import certify

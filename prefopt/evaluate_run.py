@@ -12,9 +12,10 @@ from prefopt.checkpoint import latest_state, load_value_head
 from prefopt.errors import DataError, ModelError, Problem
 from prefopt.evaluate import make_evaluator, measure, reference_samples
 from prefopt.forward import Scorer
-from prefopt.layout import probe_group, settle_layout
+from prefopt.layout import settle_layout
 from prefopt.models import ModelSource, default_device, load_model
 from prefopt.prepare import Prepared, policy_source, prepare, resolve_token_budget
+from prefopt.probe import probe_group
 from prefopt.quantization import ready_for_peft
 from prefopt.recipe import Recipe, load_recipe
 from prefopt.reference.running import open_reference

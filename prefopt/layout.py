@@ -11,43 +11,24 @@ asked of shared prompts:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefopt.attention import Backend, attention
+from prefopt.attention import Backend
 from prefopt.attention.choice import backends
-from prefopt.batching import RaggedBatch, make_batch
-from prefopt.data.groups import GroupDataset, PromptGroup
+from prefopt.batching import make_batch
+from prefopt.data.groups import PromptGroup
 from prefopt.errors import ModelError, Problem
-from prefopt.forward import TOLERANCE, Layout, Scorer, autocast, compute_dtype, evaluating, plain_attention
+from prefopt.forward import TOLERANCE, Layout, Scorer, autocast, compute_dtype, evaluating
+from prefopt.probe import Probe, make_probe, other_way_round
 from prefopt.recipe import Recipe
-from prefopt_losses.logps import token_logps_from_logits
 
-PROBE_TOKENS = 200
-"""A group for the start-up comparison has at least so many tokens where there is one: enough to show a mistake, and two
-blocks of queries (`prefopt.attention.products`)."""
-BEYOND = 32
-"""Tokens that a prompt is longer than what a model's windows or chunks hold, where the data have such rows."""
 LEAK = 1 / 100
 """Of what rounding may be off, what one completion may move another by: nothing, but that experts multiply their tokens
 together, in batches of another size then."""
-
-
-@torch.no_grad()
-def plain_logps(model: PreTrainedModel, group: PromptGroup) -> Tensor:
-    """(completions,) summed log-probs by the model's own forward pass, one sequence at a time: the yardstick."""
-    sums = []
-    with attention(model, plain_attention(model)):
-        for completion in group.completions:
-            ids = torch.tensor([*group.prompt, *completion], device=model.device)
-            logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0, len(group.prompt) - 1 :]
-            sums.append(token_logps_from_logits(logits, ids[len(group.prompt) :]).sum())
-    return torch.stack(sums)
 
 
 @dataclass(frozen=True)
@@ -60,25 +41,6 @@ class LayoutChoice:
     reason: str
     backend: Backend = "sdpa"
     """What computes the attention of shared prompts."""
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """A row of two groups, and what the model itself says of it."""
-
-    batch: RaggedBatch
-    otherwise: RaggedBatch
-    """The same row with other tokens in its first completion, which no other completion may notice."""
-    expected: Tensor
-    """(completions,) nats, by the model's own forward pass."""
-    scale: float
-    """Root of the tokens of the longest completion, with which rounding grows."""
-    longest: int
-    """Tokens of the longest row that the data may have."""
-
-    def allowed(self, dtype: torch.dtype) -> float:
-        """Nats that products in a dtype may be off."""
-        return TOLERANCE[dtype] * self.scale
 
 
 def choose_layout(
@@ -107,7 +69,7 @@ def choose_layout(
         ModelError: no layout agrees with the model's own logits, or the wanted one does not.
     """
     with evaluating(scorer):
-        probe = _probe(scorer.language_model, beyond_windows(scorer.language_model, group, longest), longest)
+        probe = make_probe(scorer.language_model, group, longest)
         if wanted == "unshared":
             return _unshared_or_refused(scorer, probe, dtype, "as model.attention or dropout asks")
         able, reasons = backends(scorer.language_model, _multiplied_in(dtype, precision), wanted=backend)
@@ -127,20 +89,7 @@ def choose_layout(
         return _unshared_or_refused(scorer, probe, dtype, reason)
 
 
-def _probe(model: PreTrainedModel, group: PromptGroup, longest: int) -> _Probe:
-    groups = [group, _other_way_round(group)]
-    expected = torch.cat([plain_logps(model, one) for one in groups])
-    if not bool(expected.isfinite().all()):
-        raise ModelError(
-            Problem("model", "finite log-probs", f"the untouched model gives {expected.tolist()}",
-                    "its weights hold NaN or infinities, or its dtype overflows: load it in another model.dtype")
-        )  # fmt: skip
-    batch = make_batch(groups).to(expected.device)
-    tokens = max(len(completion) for completion in group.completions)
-    return _Probe(batch, _with_another_completion(batch), expected, tokens**0.5, longest)
-
-
-def _unshared_or_refused(scorer: Scorer, probe: _Probe, dtype: torch.dtype, reason: str) -> LayoutChoice:
+def _unshared_or_refused(scorer: Scorer, probe: Probe, dtype: torch.dtype, reason: str) -> LayoutChoice:
     """Take one row per completion, if that agrees with the plain logits."""
     limit = probe.allowed(dtype)
     difference = _unshared_difference(scorer, probe)
@@ -153,18 +102,9 @@ def _unshared_or_refused(scorer: Scorer, probe: _Probe, dtype: torch.dtype, reas
     return LayoutChoice("unshared", difference, reason)
 
 
-def _unshared_difference(scorer: Scorer, probe: _Probe) -> float:
+def _unshared_difference(scorer: Scorer, probe: Probe) -> float:
     scorer.set_layout("unshared")
     return float((scorer(probe.batch).sums - probe.expected).abs().max())
-
-
-def _with_another_completion(batch: RaggedBatch) -> RaggedBatch:
-    """Return the row with another token for each of its first completion's."""
-    begin, count = batch.trees[0].branches[0]
-    ids, known = batch.input_ids.clone(), batch.input_ids.unique()
-    own = slice(begin, begin + count)
-    ids[own] = known[(torch.searchsorted(known, ids[own]) + 1) % len(known)]
-    return replace(batch, input_ids=ids)
 
 
 def _window(config: Any, longest: int) -> int | None:
@@ -181,12 +121,6 @@ def _counts_rows(model: PreTrainedModel) -> str:
     return ""
 
 
-def _other_way_round(group: PromptGroup) -> PromptGroup:
-    """Return the group with every sequence reversed: as a second tree of the row it shows whether one sees another."""
-    completions = tuple(np.ascontiguousarray(completion[::-1]) for completion in group.completions)
-    return PromptGroup(np.ascontiguousarray(group.prompt[::-1]), completions, ())
-
-
 def _multiplied_in(held_in: torch.dtype, precision: str) -> torch.dtype:
     """Return the dtype of products, with weights held in one and a precision of the run."""
     return compute_dtype(precision) if held_in == torch.float32 else held_in
@@ -201,7 +135,7 @@ def _refuse_missing_backend(wanted: str, able: list[Backend], reasons: dict[str,
 
 
 def _shared_difference(
-    scorer: Scorer, probe: _Probe, dtype: torch.dtype, backend: Backend, precision: str
+    scorer: Scorer, probe: Probe, dtype: torch.dtype, backend: Backend, precision: str
 ) -> tuple[float, str]:
     """Largest difference of the shared layout in nats, and why it cannot be taken; "" if it can."""
     model, device = scorer.language_model, probe.batch.input_ids.device
@@ -253,34 +187,10 @@ def settle_layout(scorer: Scorer, recipe: Recipe, probe: PromptGroup) -> LayoutC
     return taken
 
 
-def beyond_windows(model: PreTrainedModel, group: PromptGroup, longest: int) -> PromptGroup:
-    """Return the group behind a prompt that is longer than the model's windows and chunks, where rows can be so long.
-
-    A layer that has its window in its mask alone gives right log-probs in rows that are shorter. What is put before
-    the prompt are the group's own tokens, shuffled.
-
-    Args:
-        model: its configuration names windows and chunks, among others.
-        group: the group.
-        longest: tokens of the longest row that the data may have.
-    """
-    config = model.config.get_text_config()
-    sizes = [size for name, size in vars(config).items() if "window" in name or "chunk" in name]
-    inside = [size for size in sizes if isinstance(size, int) and not isinstance(size, bool) and 0 < size < longest]
-    room = min(longest, getattr(config, "max_position_embeddings", None) or longest)
-    room -= max(len(completion) for completion in group.completions)
-    missing = min(max(inside, default=0) + BEYOND, room) - len(group.prompt)
-    if missing <= 0:
-        return group
-    known = np.concatenate([group.prompt, *group.completions])
-    before = np.random.default_rng(0).choice(known, missing).astype(group.prompt.dtype)
-    return PromptGroup(np.concatenate([before, group.prompt]), group.completions, ())
-
-
 @torch.no_grad()
 def _refuse_randomness(scorer: Scorer, group: PromptGroup, tolerance: float) -> None:
     """Raise ModelError where a model does something at random while it trains that could not be switched off."""
-    batch = make_batch([group, _other_way_round(group)]).to(next(scorer.parameters()).device)
+    batch = make_batch([group, other_way_round(group)]).to(next(scorer.parameters()).device)
     training = scorer(batch).sums
     with evaluating(scorer):
         difference = float((training - scorer(batch).sums).abs().max())
@@ -291,15 +201,3 @@ def _refuse_randomness(scorer: Scorer, group: PromptGroup, tolerance: float) -> 
                     f"they differ by {difference:.3g} nats: this architecture does something else at random",
                     "train.dropout=true accepts it, with a row for every completion; or take another model")
         )  # fmt: skip
-
-
-def probe_group(dataset: GroupDataset) -> PromptGroup:
-    """Return a short group of at least `PROBE_TOKENS` tokens with two completions, as far as there is one."""
-
-    def merit(index: int) -> tuple[bool, bool, int]:
-        lengths = dataset.completion_lengths(index)
-        size = int(dataset.prompt_lengths[index]) + int(lengths.sum())
-        enough = size >= PROBE_TOKENS
-        return len(lengths) > 1, enough, -size if enough else size
-
-    return dataset[max(range(min(64, len(dataset))), key=merit)]

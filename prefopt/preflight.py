@@ -6,11 +6,11 @@ from rich.console import Console
 
 from prefopt.evaluate import load_gold_reward
 from prefopt.invariant import check_step_zero, step_zero
-from prefopt.layout import probe_group
 from prefopt.memory import free_memory
 from prefopt.models import default_device
 from prefopt.policy import load_policy
 from prefopt.prepare import prepare, reference_source
+from prefopt.probe import probe_group
 from prefopt.recipe import Recipe
 from prefopt.reference.opening import reference_in_memory
 from prefopt.reference.source import OnlineLogps

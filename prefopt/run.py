@@ -26,13 +26,13 @@ from prefopt.feed import Feed
 from prefopt.forward import Scorer
 from prefopt.held_out import HeldOut
 from prefopt.kept_gradients import keeps_gradients
-from prefopt.layout import probe_group
 from prefopt.memory import free_memory
 from prefopt.memory_plan import MemoryPlan, demand_of, plan_memory, rows_of, weights_bytes
 from prefopt.optimizers import make_optimizer
 from prefopt.planning import StepPlanner
 from prefopt.policy import Policy, load_policy
 from prefopt.prepare import Prepared, reference_source
+from prefopt.probe import probe_group
 from prefopt.recipe import Recipe
 from prefopt.recipe.measures import BETTER
 from prefopt.reference.running import RunReference

@@ -6,8 +6,8 @@ import numpy as np
 from world import quiet
 
 from prefopt.data.groups import Comparison
-from prefopt.layout import probe_group
 from prefopt.prepare import prepare
+from prefopt.probe import probe_group
 from prefopt.reference.certificate import Certificate
 from prefopt.reference.certified_sample import CertifiedSample
 from prefopt.reference.certifying import certify

@@ -18,7 +18,8 @@ from prefopt.attention.varlen import gathered_attention, torch_flash
 from prefopt.batching import make_batch
 from prefopt.errors import ModelError, RecipeError
 from prefopt.forward import Scorer
-from prefopt.layout import choose_layout, plain_logps
+from prefopt.layout import choose_layout
+from prefopt.probe import plain_logps
 from prefopt.run import _refuse_context_parallelism
 
 GROUPS = [

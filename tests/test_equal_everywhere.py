@@ -20,14 +20,15 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from world import make_model, make_recipe, train
 
-import prefopt.layout
+import prefopt.probe
 from prefopt.adapters import add_lora
 from prefopt.attention import ARGUMENT, NAME
 from prefopt.batching import make_batch
 from prefopt.errors import ModelError
 from prefopt.forward import TOLERANCE, Scorer, autocast
-from prefopt.layout import BEYOND, beyond_windows, choose_layout, plain_logps
+from prefopt.layout import choose_layout
 from prefopt.models import switch_off_dropout
+from prefopt.probe import BEYOND, beyond_windows, plain_logps
 from prefopt.train import run_training
 
 GROUPS = [group(11, [9, 5], seed=1), group(1, [1, 6, 3], seed=2), group(5, [12], seed=3)]
@@ -218,7 +219,7 @@ def batches(monkeypatch):
         made.append(make_batch(groups))
         return made[-1]
 
-    monkeypatch.setattr(prefopt.layout, "make_batch", record)
+    monkeypatch.setattr(prefopt.probe, "make_batch", record)
     return made
 
 
@@ -263,7 +264,7 @@ def test_the_start_up_comparison_finds_positions_that_run_on(monkeypatch, name):
         batch = make_batch(groups)
         return replace(batch, position_ids=torch.arange(batch.tokens))
 
-    monkeypatch.setattr(prefopt.layout, "make_batch", running_on)
+    monkeypatch.setattr(prefopt.probe, "make_batch", running_on)
     assert "differ by" in probe(name, torch.float32).reason
 
 

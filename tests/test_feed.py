@@ -12,9 +12,9 @@ from prefopt.errors import ModelError
 from prefopt.evaluate import evaluate_comparisons, make_evaluator
 from prefopt.forward import Scorer
 from prefopt.invariant import step_zero
-from prefopt.layout import plain_logps
 from prefopt.planning import every_comparison
 from prefopt.prepare import prepare
+from prefopt.probe import plain_logps
 from prefopt.reference.running import open_reference
 from prefopt.step_record import joined
 from prefopt.train import run_training

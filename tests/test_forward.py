@@ -10,7 +10,8 @@ from prefopt.batching import make_batch
 from prefopt.data.groups import PromptGroup
 from prefopt.errors import ModelError
 from prefopt.forward import Scorer, score
-from prefopt.layout import choose_layout, plain_logps
+from prefopt.layout import choose_layout
+from prefopt.probe import plain_logps
 from prefopt_losses import workspace
 
 GROUPS = [group(11, [9, 5], seed=1), group(1, [1, 6, 3], seed=2), group(5, [12], seed=3)]

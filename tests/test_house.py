@@ -23,6 +23,7 @@ FLOORS = [
     ["attention", "passes", "activations", "planning", "fit", "adapter_fit", "kept_gradients"],
     ["acceleration", "last_layer", "memory_plan"],
     ["forward"],
+    ["probe"],
     ["layout", "objective", "optimizers", "prepare"],
     ["feed", "step_record"],
     ["reference"],

@@ -9,8 +9,8 @@ from transformers import AutoConfig
 
 from prefopt.batching import make_batch
 from prefopt.forward import Scorer
-from prefopt.layout import plain_logps
 from prefopt.passes import WASTE, completions_of, frequency_limits, in_order, padded_passes, tree_passes
+from prefopt.probe import plain_logps
 
 LIMIT = 40
 SHORT, LONG, STRADDLING = group(10, [9, 5], seed=1), group(38, [12, 9], seed=2), group(30, [25, 4, 20, 3], seed=3)

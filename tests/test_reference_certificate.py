@@ -18,9 +18,9 @@ import prefopt.reference.full_precision as full_precision_room
 from prefopt.data.groups import Comparison
 from prefopt.errors import CacheError, ModelError
 from prefopt.invariant import StepZero, check_step_zero
-from prefopt.layout import plain_logps
 from prefopt.models import load_model
 from prefopt.prepare import prepare, reference_source
+from prefopt.probe import plain_logps
 from prefopt.reference.certificate_file import certificate_file, read_certificate, store_certificate
 from prefopt.reference.certificate_table import WIDTH, certificate_table, sentence
 from prefopt.reference.certified_sample import cached_part, draw

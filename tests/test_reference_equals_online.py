@@ -11,8 +11,8 @@ from world import make_model, make_pairs, make_recipe, quiet
 
 from prefopt.forward import TOLERANCE, compute_dtype
 from prefopt.invariant import step_zero
-from prefopt.layout import probe_group
 from prefopt.prepare import prepare, reference_source
+from prefopt.probe import probe_group
 from prefopt.reference.opening import cached_reference, reference_in_memory
 
 

@@ -14,11 +14,12 @@ from rich.console import Console
 from prefopt.data.groups import GroupDataset, PromptGroup
 from prefopt.errors import CacheError, Problem
 from prefopt.forward import Scorer, Settled
-from prefopt.layout import probe_group, settle_layout
+from prefopt.layout import settle_layout
 from prefopt.memory import unload
 from prefopt.models import ModelSource, default_device, load_model
 from prefopt.paths import cache_root
 from prefopt.prepare import Prepared, reference_source, resolve_token_budget
+from prefopt.probe import probe_group
 from prefopt.recipe import Recipe
 from prefopt.reference.build import BuildReport, fill_cache
 from prefopt.reference.build_plan import Wanted

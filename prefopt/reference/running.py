@@ -16,10 +16,10 @@ from prefopt.batching import RaggedBatch
 from prefopt.data.groups import GroupDataset
 from prefopt.feed import Feed, Partners
 from prefopt.forward import CompletionLogProbs, ReferenceLogps, Scorer, Settled
-from prefopt.layout import probe_group
 from prefopt.memory import return_memory, unload
 from prefopt.models import ModelSource
 from prefopt.prepare import Prepared, reference_source
+from prefopt.probe import probe_group
 from prefopt.reference.build import BuildReport
 from prefopt.reference.certificate import Certificate
 from prefopt.reference.identity import ReferenceIdentity

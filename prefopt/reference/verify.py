@@ -11,9 +11,9 @@ from rich.console import Console
 from prefopt.adapters import adapter_folder
 from prefopt.errors import CacheError, Problem
 from prefopt.forward import TOLERANCE, compute_dtype
-from prefopt.layout import probe_group
 from prefopt.models import ModelSource, default_device
 from prefopt.prepare import Prepared, prepare, reference_source, resolve_token_budget
+from prefopt.probe import probe_group
 from prefopt.recipe import Recipe
 from prefopt.reference.cache import ReferenceCache
 from prefopt.reference.certified_sample import CertifiedSample, cached_part, score_again
