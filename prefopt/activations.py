@@ -158,8 +158,17 @@ def activation_bytes(
     return around + (shape.layers * state + layer if recomputed else shape.layers * layer)
 
 
+def _widest(width: Any) -> Any:
+    """The widest of layers that differ (Gemma 3n)."""
+    return max(width) if isinstance(width, list | tuple) else width
+
+
 def _inner_width(config: Any) -> int:
-    width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    width = (
+        _widest(getattr(config, "intermediate_size", None))
+        or getattr(config, "n_inner", None)
+        or 4 * config.hidden_size
+    )
     experts = getattr(config, "num_experts_per_tok", None)
     if not experts:
         return int(width)

@@ -6,6 +6,7 @@ goes on from, `moving` follows the trained one. Switching between them moves no 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,25 +103,47 @@ def load_adapter(model: Any, source: AdapterSource, *, trainable: bool, dropout:
 
 def keep_frozen(model: Any, name: str) -> None:
     """Put a frozen copy of the trained adapter, as it is now, beside it."""
-    with torch.random.fork_rng():
-        model.add_adapter(name, model.peft_config[TRAINED])
+    _add_beside(model, name, model.peft_config[TRAINED])
     with torch.no_grad():
-        for copy, trained in pairs(model, name).values():
-            copy.copy_(trained)
+        for mine, trained in pairs(model, name).values():
+            mine.copy_(trained)
     _freeze_all_but_trained(model, name)
 
 
 def keep_initial(model: Any, source: AdapterSource) -> None:
     """Put the pretrained adapter, frozen and as it stands in its folder, beside the trained one."""
-    with torch.random.fork_rng():
-        model.load_adapter(str(adapter_folder(source)), adapter_name=FROZEN, is_trainable=False)
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    folder = adapter_folder(source)
+    _add_beside(model, FROZEN, adapter_settings(folder))
+    weights = load_peft_weights(str(folder), device=str(next(model.parameters()).device))
+    set_peft_model_state_dict(model, weights, adapter_name=FROZEN)
     _freeze_all_but_trained(model, FROZEN)
+
+
+def _add_beside(model: Any, name: str, settings: Any) -> None:
+    """Add an adapter whose tensors will be overwritten.
+
+    It starts as a plain one: PiSSA and OLoRA take their start out of the base's weights, a second time then.
+
+    Raises:
+        ModelError: peft keeps one adapter with trained biases, not two.
+    """
+    settings = copy.deepcopy(settings)
+    settings.init_lora_weights = True
+    if settings.bias != "none":
+        raise ModelError(
+            Problem("adapter.path", "an adapter without trained biases, for a second one stands beside it as the "
+                    "reference", f"bias={settings.bias}", "set reference.model to the model that it is compared with")
+        )  # fmt: skip
+    with torch.random.fork_rng():
+        model.add_adapter(name, settings)
 
 
 def _freeze_all_but_trained(model: Any, name: str) -> None:
     model.set_adapter(TRAINED)
-    for copy, _ in pairs(model, name).values():
-        copy.requires_grad_(False)
+    for mine, _ in pairs(model, name).values():
+        mine.requires_grad_(False)
 
 
 def pairs(model: nn.Module, name: str) -> dict[str, tuple[Tensor, Tensor]]:

@@ -37,7 +37,7 @@ def evaluate_run(folder: Path, console: Console) -> dict[str, Any]:
     recipe = prepared.recipe
     reference = open_reference(prepared, console, only=("eval", "eval_partners"))
     policy = load_trained(recipe, folder / "model")
-    settle_layout(policy, recipe, probe_group(prepared.data.train))
+    settle_layout(policy, recipe, probe_group(prepared.data.train, prepared.data.eval))
     reference.use_policy(policy)
     budget = resolve_token_budget(recipe.train.token_budget, default_device())
     evaluator = make_evaluator(prepared, reference, token_budget=budget)

@@ -44,7 +44,7 @@ class LoraLinear(Linear):
             return None
         dropout, base = self.lora_dropout[name], self.base_layer
         drops = self.training and getattr(dropout, "p", 0.0) > 0
-        plain = is_plain(base) and not base.weight.requires_grad
+        plain = is_plain(base) and not any(weight.requires_grad for weight in base.parameters())
         held = {self.lora_A[name].weight.dtype, self.lora_B[name].weight.dtype}
         if plain and not torch.is_autocast_enabled(base.weight.device.type):  # which gives everything one dtype
             held.add(base.weight.dtype)

@@ -92,7 +92,7 @@ class Rows:
     probabilities: float = 0.0
     """Of a head, that stay per token where `prefopt.attention.products` computes the attention."""
     unshared: float = 1.0
-    """How many times as many tokens padded rows per completion have, at most."""
+    """How many times as many tokens rows per completion have, on average and with as much padding as there may be."""
 
 
 @dataclass(frozen=True)

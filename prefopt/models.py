@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -213,12 +214,17 @@ _RANDOM = re.compile("drop|^(input_)?jitter_noise$")
 """Names of what models do at random while they train: dropout of all kinds, dropped layers, jitter before experts."""
 
 
+_SWITCHED_OFF: WeakKeyDictionary[nn.Module, list[tuple[Any, str, float]]] = WeakKeyDictionary()
+"""Per model: what its configuration said before."""
+
+
 def switch_off_dropout(model: nn.Module) -> int:
     """Set every probability of dropping something to zero, in modules and in configs; returns how many were above it.
 
     A shared prompt would share its dropout mask between completions, and the reference has none. Models keep these
     probabilities in modules of torch, in attributes of their own and in their configs, under many names.
     """
+    switched: list[tuple[Any, str, float]] = []
     owners: list[Any] = [*model.modules()]
     owners += {id(one): one for part in owners if (one := getattr(part, "config", None)) is not None}.values()
     count = 0
@@ -228,4 +234,20 @@ def switch_off_dropout(model: nn.Module) -> int:
             if named and isinstance(value, float) and value > 0:
                 setattr(owner, name, 0.0)
                 count += 1
+                if not isinstance(owner, nn.Module):
+                    switched.append((owner, name, value))
+    _SWITCHED_OFF[model] = [*_SWITCHED_OFF.get(model, []), *switched]
     return count
+
+
+@contextmanager
+def own_dropout(model: nn.Module) -> Iterator[None]:
+    """Put a model's own probabilities back into its configuration, which is saved with it."""
+    switched = _SWITCHED_OFF.get(model, [])
+    for config, name, value in switched:
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for config, name, _ in switched:
+            setattr(config, name, 0.0)

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from prefopt.acceleration import compile_layers
 from prefopt.adapters import MOVING, add_lora, keep_frozen, load_adapter
-from prefopt.data.groups import PromptGroup
 from prefopt.forward import Scorer
 from prefopt.layout import LayoutChoice, settle_layout
 from prefopt.models import load_model, switch_off_dropout
 from prefopt.prepare import adapter_source, policy_source
+from prefopt.probe import ProbeText
 from prefopt.recipe import Recipe
 
 
@@ -50,7 +50,7 @@ class Policy:
         model.enable_input_require_grads()
 
 
-def load_policy(recipe: Recipe, probe: PromptGroup) -> Policy:
+def load_policy(recipe: Recipe, probe: ProbeText) -> Policy:
     """Load the policy as the recipe says: full or with an adapter, dropout off, layout compared.
 
     Raises:

@@ -6,6 +6,7 @@ than these too.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,8 +28,23 @@ BEYOND = 32
 """Tokens that a prompt is longer than what a model's windows or chunks hold, where the data have such rows."""
 
 
-def probe_group(dataset: GroupDataset) -> PromptGroup:
-    """Return a short group of at least `PROBE_TOKENS` tokens with two completions, as far as there is one."""
+@dataclass(frozen=True)
+class ProbeText:
+    """What the start-up comparison is made with."""
+
+    group: PromptGroup
+    """A group of the data."""
+    longest: int
+    """Tokens of the longest row in the data."""
+
+
+def probe_group(dataset: GroupDataset, *others: GroupDataset | None) -> ProbeText:
+    """Return a short group of at least `PROBE_TOKENS` tokens with two completions, as far as there is one.
+
+    Args:
+        dataset: where the group comes from.
+        others: what else will be scored, if anything.
+    """
 
     def merit(index: int) -> tuple[bool, bool, int]:
         lengths = dataset.completion_lengths(index)
@@ -36,18 +52,21 @@ def probe_group(dataset: GroupDataset) -> PromptGroup:
         enough = size >= PROBE_TOKENS
         return len(lengths) > 1, enough, -size if enough else size
 
-    return dataset[max(range(min(64, len(dataset))), key=merit)]
+    longest = max(groups.longest_row for groups in (dataset, *others) if groups is not None)
+    return ProbeText(dataset[max(range(min(64, len(dataset))), key=merit)], longest)
 
 
 @torch.no_grad()
 def plain_logps(model: PreTrainedModel, group: PromptGroup) -> Tensor:
     """(completions,) summed log-probs by the model's own forward pass, one sequence at a time: the yardstick."""
     sums = []
+    chooses = "logits_to_keep" in inspect.signature(model.forward).parameters
     with attention(model, plain_attention(model)):
         for completion in group.completions:
-            ids = torch.tensor([*group.prompt, *completion], device=model.device)
-            logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0, len(group.prompt) - 1 :]
-            sums.append(token_logps_from_logits(logits, ids[len(group.prompt) :]).sum())
+            ids, scored = torch.tensor([*group.prompt, *completion], device=model.device), len(completion)
+            kept = {"logits_to_keep": scored} if chooses else {}  # those of a long prompt would fill memory
+            logits = model(input_ids=ids[None, :-1], use_cache=False, **kept).logits[0, -scored:]
+            sums.append(token_logps_from_logits(logits, ids[-scored:]).sum())
     return torch.stack(sums)
 
 

@@ -15,7 +15,7 @@ from prefopt.export import merge_adapter
 from prefopt.forward import Scorer, plain_attention
 from prefopt.held_out import FILE as HELD_OUT
 from prefopt.held_out import write_held_out
-from prefopt.models import mend_generation_settings, quiet_transformers
+from prefopt.models import mend_generation_settings, own_dropout, quiet_transformers
 from prefopt.reference.certificate_table import sentence
 from prefopt.run import Run
 from prefopt.run_folder import RESULT, SAMPLES, conventions, write_json, write_lines, write_text
@@ -116,7 +116,8 @@ def save_model(run: Run, result: dict[str, Any]) -> None:
 def save_policy(scorer: Scorer, folder: Path) -> None:
     """Save the model or its adapter, with its own attention in its config."""
     mend_generation_settings(scorer.language_model)
-    with quiet_transformers(), attention(scorer.language_model, plain_attention(scorer.language_model)):
+    model = scorer.language_model
+    with quiet_transformers(), own_dropout(model), attention(model, plain_attention(model)):
         scorer.model.save_pretrained(folder)
 
 

@@ -175,7 +175,7 @@ def set_up(
         RecipeError, ModelError: the parts do not fit together.
     """
     newest = latest_state(folder.path)
-    policy = load_policy(prepared.recipe, probe_group(prepared.data.train))
+    policy = load_policy(prepared.recipe, probe_group(prepared.data.train, prepared.data.eval))
     resolved = newest[2] if newest else _resolve(prepared, policy, accelerator)
     policy.settle(recomputed=resolved["gradient_checkpointing"], compiled=recipe.train.compile)
     budget = resolved["token_budget"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import ARCHITECTURES, UNSHARED, group, tiny_model
 
-from prefopt.activations import DecoderShape, activation_bytes, decoder_layers, layer_bytes, shape_of
+from prefopt.activations import DecoderShape, _inner_width, activation_bytes, decoder_layers, layer_bytes, shape_of
 from prefopt.adapters import add_lora
 from prefopt.batching import make_batch
 from prefopt.forward import Scorer, autocast
@@ -131,3 +133,8 @@ def test_an_eight_billion_model_keeps_seven_megabytes_a_token_and_half_of_one_re
     kept, again = (activation_bytes(llama, "bf16-pure", recomputed=recomputed) for recomputed in (False, True))
     assert kept / 2**20 == pytest.approx(7, rel=0.2)  # MiB per token
     assert kept / again > 12
+
+
+def test_layers_of_several_widths_count_as_the_widest():
+    shape = SimpleNamespace(intermediate_size=[64, 128], hidden_size=32)
+    assert _inner_width(shape) == 128

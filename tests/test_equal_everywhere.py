@@ -286,7 +286,13 @@ def test_a_window_that_is_in_the_mask_alone_is_found_where_rows_can_be_longer(na
         model = tiny_model(name, **EXPERTS, **changes, sliding_window=150).to(dtype)
         choice = choose_layout(Scorer(model), probe, dtype=dtype, longest=longest)
         assert choice.layout == expected, choice
-    assert "150" in choice.reason
+    assert "differ by" in choice.reason or "window of 150 tokens in their mask alone" in choice.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_window_that_is_left_over_in_a_configuration_means_nothing(dtype):
+    model = tiny_model("llama", sliding_window=64).to(dtype)
+    assert choose_layout(Scorer(model), group(40, [30, 25], seed=4), dtype=dtype, longest=256).layout == "shared"
 
 
 def test_a_probe_is_put_behind_a_prompt_beyond_the_windows_only_where_rows_can_be_so_long():
@@ -316,9 +322,10 @@ def test_rows_that_would_change_an_attention_temperature_are_not_shared():
     assert "temperature" in choice.reason
 
 
-def test_what_a_model_does_at_random_and_cannot_be_switched_off_is_refused(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16-pure"])
+def test_what_a_model_does_at_random_and_cannot_be_switched_off_is_refused(tmp_path, precision):
     with pytest.raises(ModelError, match="at random"):
-        screen_of(tmp_path, "phimoe", model_changes={**EXPERTS, "router_jitter_noise": 0.3})
+        screen_of(tmp_path, "phimoe", model_changes={**EXPERTS, "router_jitter_noise": 0.3}, precision=precision)
 
 
 @pytest.mark.parametrize("name", ["kimi_linear"])
@@ -338,11 +345,12 @@ def test_the_start_up_comparison_finds_a_layer_with_an_attention_of_its_own():
 # -------------------------------------------------------------------------------------------------------- whole runs
 
 
-def screen_of(folder, architecture: str, model_changes=None, **changes) -> str:
+def screen_of(folder, architecture: str, model_changes=None, precision="fp32", **changes) -> str:
     """What a run of one step says."""
     make_model(folder / "base", architecture, num_hidden_layers=2, **(model_changes or {}))
     shown = io.StringIO()
-    recipe = make_recipe(folder, train={"max_steps": 1}, eval={"samples": 0}, checkpoint={"every": 1}, **changes)
+    train = {"max_steps": 1, "precision": precision}
+    recipe = make_recipe(folder, train=train, eval={"samples": 0}, checkpoint={"every": 1}, **changes)
     run_training(recipe, Console(file=shown, width=400))
     return " ".join(shown.getvalue().split())
 

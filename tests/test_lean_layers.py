@@ -11,9 +11,11 @@ from test_activations import WIDE, kept_bytes, some_batch, tiny_scorer
 from tiny import tiny_model
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from world import train
 
 import prefopt.forward
 from prefopt.adapters import add_lora
+from prefopt.errors import ModelError
 from prefopt.forward import Scorer, autocast
 from prefopt.lean_layers import _Lean, keep_less
 
@@ -120,18 +122,72 @@ class Doubled(LlamaMLP):
         return 2 * super().forward(x)
 
 
+class Clamped(LlamaMLP):
+    """A gated MLP until a gate is large, as of DeepSeek V4."""
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=100.0)) * self.up_proj(x))
+
+
+class Scaled(LlamaMLP):
+    """A gated MLP until its factor learns."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.factor * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Within(LlamaRMSNorm):
+    """An RMS norm until its weights differ: it scales what it norms."""
+
+    def forward(self, x):
+        x = x * (1 + self.weight)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
 def test_what_computes_something_else_stays():
     config = tiny_model("llama").config
-    others = nn.ModuleList([Centred(32), Doubled(config), nn.LayerNorm(32), nn.LayerNorm(32, bias=False), nn.SiLU()])
+    within = Within(32)
+    nn.init.zeros_(within.weight)
+    others = nn.ModuleList(
+        [Centred(32), Doubled(config), Clamped(config), Scaled(config), within, nn.LayerNorm(32), nn.SiLU()]
+    )
     keep_less(others)
     assert lean(others) == set()
+    assert torch.equal(within.weight, torch.zeros(32))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("seed_oss", {}), ("llama", {"hidden_act": "xielu"}), ("apertus", {}), ("phi3", {})]
+)
+def test_a_gate_that_drops_or_learns_or_is_written_otherwise_stays(name, changes):
+    model = tiny_model(name, **changes)
+    keep_less(model)
+    assert not {name for name in lean(model) if name.endswith("mlp")}
+
+
+def test_a_learning_activation_gets_its_gradient():
+    scorer = Scorer(tiny_model("llama", hidden_act="xielu"))
+    scorer(some_batch()).sums.sum().backward()
+    learning = [p for name, p in scorer.named_parameters() if "act_fn" in name]
+    assert learning
+    assert all(p.grad is not None and bool(p.grad.abs().sum()) for p in learning)
+
+
+def test_training_that_computes_something_else_is_refused_before_the_first_update(tmp_path, monkeypatch):
+    monkeypatch.setattr("prefopt.lean_layers._Gate.forward", staticmethod(lambda ctx, gate, up, act: gate * up))
+    with pytest.raises(ModelError, match="the same log-probs in training and evaluation mode"):
+        train(tmp_path)
 
 
 def test_layers_without_numbers_stay():
     with torch.device("meta"):
         model = tiny_model("llama")
     keep_less(model)
-    assert lean(model) == set()
+    assert not {name for name in lean(model) if "norm" in name}
 
 
 def test_a_layer_that_is_taken_is_still_what_it_was():

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
 import torch
 from tiny import tiny_model
-from world import make_model
+from world import make_model, train
 
 from prefopt.adapters import add_lora
 from prefopt.errors import ModelError
 from prefopt.models import ModelSource, load_model, load_tokenizer, switch_off_dropout
+from prefopt.quantization import quantization_settings
 
 
 def refusal(call, *arguments):
@@ -65,6 +67,7 @@ def test_quantized_weights_are_quantized(tmp_path, quantization):
 
 def test_int8_is_a_function_of_the_row(tmp_path):
     """With bitsandbytes' usual threshold, an accelerator looks for outlier columns over the whole batch."""
+    assert quantization_settings("int8", torch.float32)["llm_int8_threshold"] == 0
     model = load_model(ModelSource(str(make_model(tmp_path / "model")), quantization="int8"))
     layer = model.model.layers[0].mlp.up_proj
     rows = torch.randn(4, layer.in_features)
@@ -103,3 +106,11 @@ def test_a_model_without_dropout_trains_on_what_it_evaluates(name):
     for _ in range(5):  # a layer is dropped now and then
         torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
     assert switch_off_dropout(model) == 0
+
+
+def test_a_saved_model_keeps_the_dropout_it_came_with(tmp_path):
+    make_model(tmp_path / "base", "gpt2", n_embd=32, attn_pdrop=0.2, resid_pdrop=0.3)
+    train(tmp_path)
+    saved, came = (json.loads((tmp_path / one / "config.json").read_text()) for one in ("run/model", "base"))
+    for key in ("attn_pdrop", "resid_pdrop", "embd_pdrop"):
+        assert saved[key] == came[key] > 0

@@ -9,7 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_train import assert_same_weights, crash, stop_after
 from tiny import tiny_model
@@ -18,13 +18,23 @@ from world import make_model, make_recipe, quiet, train
 
 import prefopt.models as models
 import prefopt.train as loop
-from prefopt.adapters import FROZEN, AdapterSource, add_lora, load_adapter
+from prefopt.adapters import (
+    FROZEN,
+    MOVING,
+    AdapterSource,
+    acting_with,
+    add_lora,
+    keep_frozen,
+    keep_initial,
+    load_adapter,
+)
 from prefopt.errors import ModelError, RecipeError
 from prefopt.evaluate_run import evaluate_run
 from prefopt.export import export_run
 from prefopt.models import ModelSource, load_model
 from prefopt.policy import load_policy
 from prefopt.prepare import prepare, reference_source
+from prefopt.probe import probe_group
 from prefopt.reference.commands import build_cache, verify_cache
 from prefopt.reference.identity import identify
 
@@ -55,6 +65,47 @@ def from_adapter(adapter, **changes):
 
 def tensors(file):
     return load_file(file / "adapter_model.safetensors")
+
+
+# --- a second adapter beside it --------------------------------------------------------------------------------------
+
+
+def saved_by_peft(folder, architecture, **settings):
+    """A base, and an adapter that peft made of it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        make_model(folder / "base", architecture)
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32),
+            LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], **settings),
+        )
+    model.save_pretrained(folder / "adapter")
+    source = AdapterSource(str(folder / "adapter"))
+    return load_adapter(load_model(ModelSource(str(folder / "base"))), source, trainable=True), source
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", True])
+def test_the_base_stays_what_it_is_however_the_adapter_started(tmp_path, start):
+    model, source = saved_by_peft(tmp_path, "llama", init_lora_weights=start)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        keep_frozen(model, MOVING)
+        keep_initial(model, source)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
+        for name in (MOVING, FROZEN):
+            with acting_with(model, name):
+                torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_trained_biases_get_a_gradient_and_no_second_adapter(tmp_path):
+    model, source = saved_by_peft(tmp_path, "qwen2", bias="lora_only")
+    model(torch.arange(3, 20)[None]).logits.square().mean().backward()
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias") and p.requires_grad]
+    assert len(biases) == 2
+    assert all(bool(p.grad.abs().sum()) for p in biases)
+    with pytest.raises(ModelError, match="without trained biases"):
+        keep_initial(model, source)
 
 
 # --- the reference --------------------------------------------------------------------------------------------------
@@ -168,7 +219,7 @@ def test_a_quantized_base_carries_the_adapter(tmp_path, adapter):
 
 
 def test_the_adapters_dropout_is_that_of_the_recipe(tmp_path, adapter):
-    probe = prepare(make_recipe(tmp_path, **from_adapter(adapter)), quiet=True).data.train[0]
+    probe = probe_group(prepare(make_recipe(tmp_path, **from_adapter(adapter)), quiet=True).data.train)
     policy = load_policy(make_recipe(tmp_path, **from_adapter(adapter)), probe)
     assert {module.p for module in policy.scorer.modules() if isinstance(module, torch.nn.Dropout)} <= {0.0}
 

@@ -19,6 +19,7 @@ from prefopt.errors import CacheError, ModelError
 from prefopt.models import ModelSource
 from prefopt.planning import every_comparison
 from prefopt.prepare import prepare, reference_source
+from prefopt.probe import probe_group
 from prefopt.reference.cache import HALF_STEP, KEY_BYTES, ReferenceCache, ScoredRows, text_key
 from prefopt.reference.commands import build_cache, cache_info, verify_cache
 from prefopt.reference.identity import identify
@@ -80,7 +81,7 @@ def test_cached_token_log_probs_add_up_to_the_sum_that_was_scored(tmp_path):
     ends = given.lengths.cumsum(0)
     for begin, end, total in zip(ends - given.lengths, ends, given.sums):
         assert float(given.tokens[begin:end].double().sum()) == pytest.approx(float(total), abs=2e-5)
-    online = load_reference(reference_source(prepared.recipe), prepared.recipe, train_set[0])
+    online = load_reference(reference_source(prepared.recipe), prepared.recipe, probe_group(train_set))
     with torch.no_grad():
         exact = online(make_batch([train_set[part.group] for part in plan], plan)).tokens
     assert float((given.tokens - exact).abs().max()) <= 2 * HALF_STEP * float(exact.abs().max())

@@ -258,3 +258,10 @@ def test_verify_rehash_finds_weights_that_changed_with_size_and_time_kept(tmp_pa
     os.utime(weights, (1e9, 1e9))
     with pytest.raises(CacheError, match=r"model\.safetensors"):
         verify_cache(recipe, Console(quiet=True), rehash=True)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4", "none"])
+def test_how_a_cpu_multiplies_with_quantized_weights_is_part_of_the_identity(tmp_path, quantization):
+    """Before 2026-11-28 it rounded otherwise: what was cached then is another reference's."""
+    one = identify(ModelSource(str(make_model(tmp_path / "base")), quantization=quantization))
+    assert ("cpu" in one.quantization) == (quantization != "none")

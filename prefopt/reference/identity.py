@@ -125,12 +125,18 @@ def identify(source: ModelSource) -> ReferenceIdentity:
     return ReferenceIdentity(
         weights=hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest(),
         config=_settings_hash(source, folder / "config.json", _COSMETIC),
-        quantization=_ordered(quantization_settings(source.quantization, source.compute)),
+        quantization=_quantization(source),
         compute=str(source.compute).removeprefix("torch."),
         weights_dtype=str(source.dtype).removeprefix("torch."),
         adapter=_adapter_hash(source, folder),
         positions=POSITIONS + (LONG_ROTARY if _turns_by_length(folder / "config.json") else ""),
     )
+
+
+def _quantization(source: ModelSource) -> dict[str, Any]:
+    """Return bitsandbytes' settings, and how a CPU multiplies with what it quantized."""
+    settings = _ordered(quantization_settings(source.quantization, source.compute))
+    return {**settings, "cpu": "weights expanded"} if settings else {}
 
 
 def _turns_by_length(config: Path) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from prefopt.data.groups import GroupDataset, PromptGroup
+from prefopt.data.groups import GroupDataset
 from prefopt.errors import CacheError, Problem
 from prefopt.forward import Scorer, Settled
 from prefopt.layout import settle_layout
@@ -19,7 +19,7 @@ from prefopt.memory import unload
 from prefopt.models import ModelSource, default_device, load_model
 from prefopt.paths import cache_root
 from prefopt.prepare import Prepared, reference_source, resolve_token_budget
-from prefopt.probe import probe_group
+from prefopt.probe import ProbeText, probe_group
 from prefopt.recipe import Recipe
 from prefopt.reference.build import BuildReport, fill_cache
 from prefopt.reference.build_plan import Wanted
@@ -107,7 +107,7 @@ def cached_reference(prepared: Prepared, console: Console, *, only: Collection[s
     logps = {name: CachedLogps(cache, one.dataset, one.keys, tokens=needs.tokens) for name, one in wanted.items()}
     certificate = None
     if only is None:  # here no model is in memory
-        probe = probe_group(data.train)
+        probe = probe_group(data.train, data.eval)
         certificate = certify(
             prepared, cache, console, open_model=lambda exact: reference_in_memory(exact, recipe, probe)
         )
@@ -137,9 +137,7 @@ def _lazy_scorer(source: ModelSource, recipe: Recipe, dataset: GroupDataset) -> 
             unload(one)
 
 
-def load_reference(
-    source: ModelSource, recipe: Recipe, probe: PromptGroup, *, settled: Settled | None = None
-) -> Scorer:
+def load_reference(source: ModelSource, recipe: Recipe, probe: ProbeText, *, settled: Settled | None = None) -> Scorer:
     """Load the reference, frozen and in eval mode, in the layout that agrees with its plain logits.
 
     ``settled`` is what an earlier load came to; without it the comparison is made.
@@ -154,7 +152,7 @@ def load_reference(
 
 @contextmanager
 def reference_in_memory(
-    source: ModelSource, recipe: Recipe, probe: PromptGroup, *, settled: Settled | None = None
+    source: ModelSource, recipe: Recipe, probe: ProbeText, *, settled: Settled | None = None
 ) -> Iterator[Scorer]:
     """Hold the reference in memory for as long as the context lasts."""
     scorer = load_reference(source, recipe, probe, settled=settled)

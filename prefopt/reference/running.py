@@ -74,8 +74,9 @@ class RunReference:
     def _second_model(self) -> OnlineLogps:
         """Load the reference as a model of its own."""
         prepared = self.prepared
+        probe = probe_group(prepared.data.train, prepared.data.eval)
         with torch.random.fork_rng():
-            reference = load_reference(self.source, prepared.recipe, probe_group(prepared.data.train))
+            reference = load_reference(self.source, prepared.recipe, probe)
         precision, whole = prepared.recipe.train.precision, prepared.loss.needs.sequential_kl
         return OnlineLogps(reference, precision=precision, distribution=whole)
 
@@ -156,7 +157,7 @@ class RunReference:
             with self._on_policys_base().reference() as scorer:
                 yield scorer
         else:
-            probe = probe_group(self.prepared.data.train)
+            probe = probe_group(self.prepared.data.train, self.prepared.data.eval)
             with reference_in_memory(self.source, recipe, probe, settled=self._settled) as scorer:
                 self._settled = scorer.layout, scorer.backend
                 yield scorer

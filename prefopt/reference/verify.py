@@ -87,7 +87,7 @@ def _scored_again(prepared: Prepared, cache: ReferenceCache) -> CertifiedSample 
 
 
 def _in_memory(prepared: Prepared, source: ModelSource):  # type: ignore[no-untyped-def]
-    return reference_in_memory(source, prepared.recipe, probe_group(prepared.data.train))
+    return reference_in_memory(source, prepared.recipe, probe_group(prepared.data.train, prepared.data.eval))
 
 
 def _refuse_disagreement(again: CertifiedSample, prepared: Prepared, cache: ReferenceCache, console: Console) -> None:
