@@ -222,23 +222,23 @@ def main() -> None:
     runs = [run for run in runs if run["workload"] == arguments.workload]
     tools = list(dict.fromkeys(run["tool"] for run in runs)) or TOOLS
     pairs = random_lengths(workload, arguments.pairs)
-    print("| precision | tool | GFLOP per step | predicted x prefopt | measured x prefopt | eff | eff (hard) |")
-    print("|---|---|---|---|---|---|---|")
+    columns = ["precision", "tool", "GFLOP per step", "predicted x prefopt"]
+    columns += ["measured x prefopt", "eff", "eff (hard)"] if runs else []
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for precision in sorted({run["precision"] for run in runs}) or ["fp32"]:
         own = [run for run in runs if run["precision"] == precision]
         predicted = {run["tool"]: run["operations"] for run in own} or {
             tool: operations(tool, workload.shape, pairs, batch=BATCH, lora=workload.lora) for tool in tools
         }
         for tool in tools:
-            measured = paired_ratios(own, tool)
-            mine = [run for run in own if run["tool"] == tool]
-            eff, hard = ([efficiency(run, hard=each) for run in mine] for each in (False, True))
-            print(
-                f"| {precision} | {tool} | {predicted[tool] / 1e9:,.0f} | {predicted[tool] / predicted[tools[0]]:.2f} "
-                f"| {statistics.median(measured) if measured else float('nan'):.2f} "
-                f"| {statistics.median(eff) if eff else float('nan'):.2f} "
-                f"| {statistics.median(hard) if hard else float('nan'):.2f} |"
-            )
+            cells = [precision, tool, f"{predicted[tool] / 1e9:,.0f}", f"{predicted[tool] / predicted[tools[0]]:.2f}"]
+            if mine := [run for run in own if run["tool"] == tool]:
+                measured = [
+                    paired_ratios(own, tool),
+                    *([efficiency(run, hard=each) for run in mine] for each in (False, True)),
+                ]
+                cells += [f"{statistics.median(each):.2f}" for each in measured]
+            print(f"| {' | '.join(cells)} |")
 
 
 TOOLS = ["prefopt", "prefopt-unshared", "trl", "trl-precomputed", "trl-precomputed-compact"]
