@@ -75,7 +75,7 @@ class PaddedPass:
     """One row per completion; padding follows, so causality hides it."""
 
     input_ids: Tensor
-    """(completions, longest), 0 beyond a completion's end."""
+    """(completions, longest); beyond a completion's end the batch's first token, for no row reads what follows it."""
     predict: tuple[Tensor, Tensor]
     """(scored,) row and column of the hidden state that predicts each scored token of this pass."""
     scored: Tensor
@@ -169,12 +169,10 @@ def _padded(batch: RaggedBatch, completions: Sequence[Completion]) -> PaddedPass
     """Lay completions out with a row each."""
     device = batch.input_ids.device
     index = nn.utils.rnn.pad_sequence([one.row for one in completions], batch_first=True)
-    lengths = torch.tensor([one.tokens for one in completions])
-    real = (torch.arange(index.shape[1])[None] < lengths[:, None]).long()
     rows = [torch.full((one.count + 1,), number) for number, one in enumerate(completions)]
     columns = [torch.arange(one.tree.prompt - 1, one.tokens) for one in completions]
     return PaddedPass(
-        input_ids=batch.input_ids[moved(index, device)] * moved(real, device),
+        input_ids=batch.input_ids[moved(index, device)],
         predict=(moved(torch.cat(rows), device), moved(torch.cat(columns), device)),
         scored=torch.cat([one.scored for one in completions]),
     )
