@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
 
 from prefopt.errors import ModelError, Problem
 from prefopt.models import (
@@ -71,15 +74,38 @@ def _saved_dtype(folder: Path) -> str:
 def merge_adapter(recipe: Recipe, adapter: Path, target: Path, *, dtype: str | None) -> None:
     """Merge an adapter into the unquantized base model and save the result with its tokenizer.
 
-    Merging into 4-bit weights would round the update away, so the base is always loaded in full precision.
+    Merging into 4-bit weights would round the update away, so the base is always loaded in full precision. An adapter
+    on the head alone, or on the embedding alone, ends what ties the two.
     """
     ready_for_peft()
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     trained_in = policy_source(recipe).dtype
     base = load_model(ModelSource(recipe.model.path, recipe.model.revision, DTYPES[dtype] if dtype else trained_in))
+    settings = PeftConfig.from_pretrained(str(adapter))
+    if reaches_tied_weights(base, settings):
+        untie(base)
     with quiet_transformers():
         merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
         mend_generation_settings(merged)
         merged.save_pretrained(target)
     load_tokenizer(ModelSource(str(adapter))).save_pretrained(target)
+
+
+def reaches_tied_weights(base: PreTrainedModel, settings: Any) -> bool:
+    """Whether an adapter changes the head or the embedding of a model whose weights they share."""
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return False
+    targets = settings.target_modules or ()
+    names = {name for name, module in base.named_modules() if module in (head, embedding)}
+    if isinstance(targets, str):
+        return any(re.fullmatch(targets, name) for name in names)
+    return any(name == target or name.endswith(f".{target}") for name in names for target in targets)
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Give a model's head weights of its own."""
+    head: Any = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False

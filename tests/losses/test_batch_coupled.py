@@ -12,6 +12,7 @@ from published.batchwise import alpha_dpo, beta_dpo
 from published.records import examples, make_record, with_gradients
 
 from prefopt_losses import METHODS, FromRecord, LogProbs, Loss, LossError, Score, Term, UnpairedLogProbs, get_loss
+from prefopt_losses.methods.batchwise import NearestMargins
 from prefopt_losses.terms import Running
 
 COUPLED = {
@@ -378,3 +379,24 @@ def test_no_gradient_flows_into_the_carried_numbers(name):
     loss(replace(record, state=state)).sum().backward()
     assert policy[0].grad is not None
     assert all(value.grad is None for value in state.values())
+
+
+# At the reference
+
+
+@pytest.mark.parametrize("name", ["alpha_dpo", "beta_dpo"])
+def test_rounding_at_the_reference_decides_nothing(name):
+    """Sums from a cache were added up elsewhere: the last bits of some differ."""
+    loss = get_loss(name)
+    exact = pairs([0.0] * 8, [0.0] * 8, dtype=torch.float32)
+    off = torch.tensor([1, -1, 0, 2, -2, 1, 0, -1]) * 2 * 20 * torch.finfo(torch.float32).eps
+    rounded = replace(exact, chosen_logps=exact.chosen_logps + off)
+    assert not torch.equal(rounded.chosen_logps, exact.chosen_logps)
+    torch.testing.assert_close(loss(rounded), loss(exact), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("filtered", "pairs_in", "kept"), [(0.2, 10, 8), (0.9, 20, 2), (0.9, 10, 1), (0.5, 7, 3)])
+def test_as_many_pairs_are_left_out_as_the_share_says(filtered, pairs_in, kept):
+    record = pairs([float(n) for n in range(pairs_in)], [0.0] * pairs_in)
+    weights = NearestMargins(filtered)(replace(record, state={"beta_dpo_margin": torch.tensor(0.0)}))
+    assert int((weights > 0).sum()) == kept

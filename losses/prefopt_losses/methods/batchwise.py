@@ -7,9 +7,11 @@ methods.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from prefopt_losses import convex
@@ -88,7 +90,8 @@ def alpha_dpo(
 class NearestMargins:
     """Weight 1 / (share kept) of the pairs nearest to the running margin, 0 of the others; (batch,).
 
-    As many are kept as leaves the share `filtered` out, rounded down, and ties with the last of them.
+    As many are kept as leaves the share `filtered` out, rounded down, and ties with the last of them: at the reference
+    all margins are ties, up to the rounding of sums that were added up elsewhere.
     """
 
     filtered: float
@@ -96,8 +99,8 @@ class NearestMargins:
     def __call__(self, record: LogProbs) -> Tensor:
         """Return the weights; their mean is 1."""
         distance = (_margins(record) - carried(record, "beta_dpo_margin")).abs()
-        count = max(1, int(len(distance) * (1 - self.filtered)))
-        kept = (distance <= distance.kthvalue(count).values).to(distance.dtype)
+        count = max(1, math.floor(len(distance) * (1 - self.filtered) + 1e-9))
+        kept = (distance <= distance.kthvalue(count).values + _rounding(record)).to(distance.dtype)
         return kept / kept.mean()
 
 
@@ -126,13 +129,24 @@ class AdaptiveMargin:
     def __call__(self, record: LogProbs) -> Tensor:
         """Return the target margins in nats per token, without gradient."""
         deviation = _margins_per_token(record) - carried(record, "alpha_dpo_mean")
-        # At the reference every margin, and the deviation with it, is 0; 1e-8 nats per token is rounding noise.
-        return self.gamma_beta_ratio + self.alpha * deviation / carried(record, "alpha_dpo_std").clamp(min=1e-8)
+        # At the reference every margin, and the deviation with it, is 0, up to rounding: standardised, that would be
+        # as large as any.
+        lengths: list[Tensor] = [getattr(record, name).min().clamp(min=1) for name in _MEAN_LOGPS[-2:]]
+        noise = _rounding(record) / torch.stack(lengths).min()
+        deviation = torch.where(deviation.abs() <= noise, torch.zeros_like(deviation), deviation)
+        spread = torch.maximum(carried(record, "alpha_dpo_std"), noise)
+        return self.gamma_beta_ratio + self.alpha * deviation / spread
 
 
 def _margins(record: LogProbs) -> Tensor:
     """Return rho in nats, (batch,), detached."""
     return (LOG_RATIO.of(record, "chosen") - LOG_RATIO.of(record, "rejected")).detach()
+
+
+def _rounding(record: LogProbs) -> Tensor:
+    """Nats by which fp32 sums of one sequence may differ, added up here and in a cache; shape (), detached."""
+    sums = [getattr(record, name).detach().abs().max() for name in _LOGPS]
+    return 8 * torch.finfo(torch.float32).eps * torch.stack(sums).max()
 
 
 def _margins_per_token(record: LogProbs) -> Tensor:
