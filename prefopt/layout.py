@@ -190,7 +190,7 @@ def _shared_difference(
 def settle_layout(scorer: Scorer, recipe: Recipe, probe: ProbeText) -> LayoutChoice:
     """Choose the layout for a model under a recipe, by the start-up comparison."""
     # A shared prompt would share its dropout mask between completions.
-    drops = recipe.train.dropout or (recipe.adapter is not None and recipe.adapter.dropout > 0)
+    drops = recipe.drops
     wanted = "unshared" if drops else recipe.model.attention
     held_in = next(scorer.parameters()).dtype
     dtype = held_in if held_in in (torch.float16, torch.bfloat16) else compute_dtype("fp32")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -112,12 +113,13 @@ def padded_passes(batch: RaggedBatch, limits: Sequence[int] = ()) -> list[Padded
     passes = []
     for kind in _by_regime(completions_of(batch), limits):
         waiting: list[Completion] = []
+        real = 0
         for one in sorted(kind, key=lambda completion: -completion.tokens):
-            real = sum(each.tokens for each in waiting) + one.tokens
-            if waiting and waiting[0].tokens * (len(waiting) + 1) > WASTE * real:
+            if waiting and waiting[0].tokens * (len(waiting) + 1) > WASTE * (real + one.tokens):
                 passes.append(_padded(batch, waiting))
-                waiting = []
+                waiting, real = [], 0
             waiting.append(one)
+            real += one.tokens
         passes.append(_padded(batch, waiting))
     return passes
 
@@ -142,9 +144,7 @@ def _trees_of(batch: RaggedBatch, completions: Sequence[Completion]) -> TreePass
     trees: list[Tree] = []
     predict: list[Tensor] = []
     place = 0
-    for start in dict.fromkeys(one.tree.start for one in completions):
-        mine = [one for one in completions if one.tree.start == start]
-        tree = mine[0].tree
+    for tree, mine in groupby(completions, key=lambda one: one.tree):  # they stand tree by tree
         begun, branches = place, []
         rows.append(torch.arange(tree.start, tree.start + tree.prompt))
         place += tree.prompt

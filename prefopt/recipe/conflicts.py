@@ -235,8 +235,7 @@ def _margin_error_of_nothing(recipe: Recipe) -> Iterator[Conflict]:
 
 
 def _shared_dropout(recipe: Recipe) -> Iterator[Conflict]:
-    drops = recipe.train.dropout or (recipe.adapter is not None and recipe.adapter.dropout > 0)
-    if drops and recipe.model.attention == "shared":
+    if recipe.drops and recipe.model.attention == "shared":
         problem = Problem(
             "model.attention",
             "auto or unshared: a shared prompt would share its dropout mask between completions",
@@ -248,13 +247,15 @@ def _shared_dropout(recipe: Recipe) -> Iterator[Conflict]:
 
 def _back_end_of_nothing(recipe: Recipe) -> Iterator[Conflict]:
     backend = recipe.model.attention_backend
-    drops = recipe.train.dropout or (recipe.adapter is not None and recipe.adapter.dropout > 0)
-    if backend != "auto" and (drops or recipe.model.attention == "unshared"):
+    if backend != "auto" and (recipe.drops or recipe.model.attention == "unshared"):
+        why, way_out = ("dropout", "switch dropout off") if recipe.drops else (
+            "model.attention=unshared", "set model.attention=auto"
+        )  # fmt: skip
         problem = Problem(
             "model.attention_backend",
             "auto where no prompt is shared, for the model's own attention runs then",
-            f"{backend}, with {'dropout' if drops else 'model.attention=unshared'}",
-            f"remove model.attention_backend, or {'switch dropout off' if drops else 'set model.attention=auto'}",
+            f"{backend}, with {why}",
+            f"remove model.attention_backend, or {way_out}",
         )
         yield Conflict(("model.attention_backend", "model.attention", "train.dropout", "adapter.dropout"), problem)
 

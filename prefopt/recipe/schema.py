@@ -307,6 +307,11 @@ class Recipe(Section):
         """Return the run folder, with `{recipe}` and `~` filled in."""
         return Path(self.output.replace("{recipe}", self.name)).expanduser()
 
+    @property
+    def drops(self) -> bool:
+        """Whether the model or its adapter drops something at random while it trains."""
+        return self.train.dropout or (self.adapter is not None and self.adapter.dropout > 0)
+
     def build_loss(self) -> Loss:
         """Return the loss that the recipe names."""
         return build_loss(self.loss)
